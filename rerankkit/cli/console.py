@@ -1,0 +1,166 @@
+"""What the terminal shows: bars and stage lines on stderr, results on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+STYLES: Mapping[str, str] = {"done": "green", "failed": "bold red"}
+"""How the states of a stage are shown; the others (started, continued, skipped) are dim."""
+TABLE_METRICS = ("R@1", "R@3", "R@5", "NDCG@5", "NDCG@10", "MRR")
+PLAIN_WIDTH = 120
+"""Columns of a result that goes into a file or a pipe, where no terminal says how wide it is."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[..., Iterator[Any]]]:
+    """Give `progress(iterable, total=None, what="")` for RunInfo: what, done/total, elapsed and left, on stderr.
+
+    Bars may be nested and vanish when their loop ends, however it ends. Where stderr is no terminal nothing is drawn.
+    """
+    console = _stderr()
+    if not console.is_terminal:
+        yield lambda items, total=None, what="": iter(items)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left", style="dim"),
+        TimeRemainingColumn(),
+    )
+    # Results belong to stdout, so it must not be caught and sent to stderr with the bars.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bars:
+
+        def progress(items: Iterable[Any], total: int | None = None, what: str = "") -> Iterator[Any]:
+            if total is None and isinstance(items, Sized):
+                total = len(items)
+            task = bars.add_task(what, total=total)
+            try:
+                for item in items:
+                    yield item
+                    bars.advance(task)
+            finally:
+                bars.remove_task(task)
+                bars.refresh()  # or a line printed next would carry the dead bar along
+
+        yield progress
+
+
+def stage_line(name: str, state: str, seconds: float | None = None) -> None:
+    """One line on stderr about a stage; also above running bars, and where stderr is no terminal."""
+    from rich.text import Text
+
+    line = Text(f"{state:<10}", style=STYLES.get(state, "dim")) + Text(name, style="default")
+    if seconds is not None:
+        line.append(f"  {duration(seconds)}", style="dim")
+    _stderr().print(line, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s`, `1 h 02 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def print_table(report: Mapping[str, Any]) -> None:
+    """The end of a run, on stdout: its headline, the table, the findings, the warnings."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from rerankkit.stages.wording import BOUNDS, percent
+
+    console = _stdout()
+    names = [m for m in TABLE_METRICS if m in report["rows"][0]["metrics"]]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in ("", *names, "same order", "tau", "invalid"):
+        table.add_column(head, justify="left" if not head else "right", no_wrap=True)
+    best = {m: max(round(r["metrics"][m], 3) for r in report["rows"] if r["name"] not in BOUNDS) for m in names}
+    for row in report["rows"]:
+        bound = row["name"] in BOUNDS
+        values = [
+            Text(f"{row['metrics'][m]:.3f}", "bold" if not bound and round(row["metrics"][m], 3) == best[m] else "")
+            for m in names
+        ]
+        behaviour = (percent(row["identity_rate"]), f"{row['kendall_tau']:.2f}", percent(row["invalid_rate"]))
+        table.add_row(Text(row["name"]), *values, *behaviour, style="dim" if bound else "")
+    console.print(Text(report["headline"], "bold"))
+    console.print(Text(report["condition"][:1].upper() + report["condition"][1:], "dim"))
+    console.print()
+    console.print(table)
+    console.print()
+    for text in report["findings"]:
+        console.print(Text(text))
+    for text in report["warnings"]:
+        console.print(Text("warning: ", "yellow") + Text(text))
+
+
+def print_comparison(comparison: Mapping[str, Any], a: str = "a", b: str = "b") -> None:
+    """What `compare_runs` found, on stdout; `a` and `b` are what the user called the runs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _stdout()
+    console.print(Text(f"{b} minus {a}, in points, on the same {comparison['n']:,} test users", "bold"))
+    console.print()
+    metrics = list(dict.fromkeys(c["metric"] for c in comparison["comparisons"]))
+    found = {(c["name"], c["metric"]): c for c in comparison["comparisons"]}
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for head in ("", *(row["name"] for row in comparison["rows"])):
+        table.add_column(Text(head), justify="left" if not head else "right", no_wrap=True)
+    for metric in metrics:
+        table.add_row(metric, *(_change(found[row["name"], metric]) for row in comparison["rows"]))
+    console.print(table)
+    console.print()
+    console.print(Text("Paired 95% intervals; coloured where they exclude zero.", "dim"))
+    for side, label in (("a", a), ("b", b)):
+        if names := comparison["only_in"][side]:
+            console.print(Text(f"only in {label}: {', '.join(names)}", "dim"))
+    for note in comparison["notes"]:
+        console.print(Text("note: ", "yellow") + Text(note))
+
+
+def _change(found: Mapping[str, Any]) -> Text:
+    from rich.text import Text
+
+    from rerankkit.stages.wording import change
+
+    style = "green" if found["low"] > 0 else "red" if found["high"] < 0 else ""
+    return Text(change(found), style)
+
+
+@cache
+def _stderr() -> Console:
+    """One console for bars and lines, so that a line printed while a bar runs goes above it."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH)

@@ -1,0 +1,57 @@
+"""`rerankkit doctor`"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check this machine: versions, processor, memory, devices, plugins; exit code 1 if something is wrong."""
+    import importlib
+    import os
+    import platform
+
+    from rerankkit.plugins import load_plugins
+    from rerankkit.store import PACKAGES, version_of
+
+    problems: list[str] = []
+    facts: dict[str, object] = {"python": platform.python_version(), "cpu_count": os.cpu_count()}
+    for package in PACKAGES:
+        facts[package] = version_of(package)
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            problems.append(f"{package} cannot be imported: {error}")
+    if not problems:
+        import torch
+
+        facts["torch threads"] = torch.get_num_threads()
+        facts["bfloat16 in hardware"] = "avx512_bf16" in torch.__config__.show() or _cpu_has("avx512_bf16")
+        facts["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    for plugin in load_plugins().loaded:
+        facts[f"plugin {plugin.name}"] = f"{plugin.distribution} {plugin.version}"
+        if plugin.error or plugin.warning:
+            problems.append(f"plugin {plugin.name}: {plugin.error or plugin.warning}")
+    if as_json:
+        typer.echo(json.dumps({"facts": facts, "problems": problems}))
+    else:
+        for name, value in facts.items():
+            typer.echo(f"{name:<24}{', '.join(value) if isinstance(value, list) else value}")
+        for problem in problems:
+            typer.echo(f"problem: {problem}")
+        typer.echo("\nall is well" if not problems else "")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _cpu_has(flag: str) -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return any(flag in line for line in file if line.startswith("flags"))
+    except OSError:
+        return False

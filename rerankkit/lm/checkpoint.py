@@ -1,0 +1,120 @@
+"""Checkpoints inside a stage: weights, optimizer state and counters, written aside and renamed whole. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rerankkit.errors import RunFolderError
+from rerankkit.lm.policy import Policy
+
+DONE = "checkpoint-"
+ASIDE = ".aside-"
+
+
+def save_checkpoint(
+    folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]
+) -> None:
+    """Write `folder/checkpoint-N`, then drop older ones. Killed at any moment, the last complete one is still there.
+
+    `extra` is whatever else the loop needs, as JSON: counters, the sampler's place, a schedule's state.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(leftover)
+    older = _finished(folder)
+    number = int(older[-1].name.removeprefix(DONE)) + 1 if older else 0
+    aside = folder / f"{ASIDE}{number:08d}"
+    aside.mkdir()
+    tensors, plain = _flatten(optimizer.state_dict())
+    save_file(_weights(policy), aside / "model.safetensors")
+    save_file(tensors, aside / "optimizer.safetensors")
+    record = {"step": step, "optimizer": plain, "extra": dict(extra)}
+    (aside / "state.json").write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
+    for path in aside.iterdir():
+        _sync(path)
+    _sync(aside)
+    aside.rename(folder / f"{DONE}{number:08d}")
+    _sync(folder)
+    for other in older:
+        shutil.rmtree(other)
+
+
+def load_checkpoint(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]] | None:
+    """Put the newest checkpoint back into `policy` and `optimizer`; its step and extra, or None if there is none.
+
+    Raises RunFolderError when it belongs to another model.
+    """
+    found = _finished(folder)
+    if not found:
+        return None
+    record = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+    saved = load_file(found[-1] / "model.safetensors")
+    current = _weights(policy)
+    wrong = sorted(
+        set(saved) ^ set(current) | {k for k in set(saved) & set(current) if saved[k].shape != current[k].shape}
+    )
+    if wrong:
+        raise RunFolderError(
+            f"{found[-1]}: a checkpoint of another model; {wrong[0]} is missing or of another shape. "
+            "Delete the folder to start this stage afresh."
+        )
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(saved[name])
+    optimizer.load_state_dict(_unflatten(load_file(found[-1] / "optimizer.safetensors"), record["optimizer"]))
+    return int(record["step"]), record["extra"]
+
+
+def _weights(policy: Policy) -> dict[str, Tensor]:
+    """Every weight once: tied ones share memory, which safetensors refuses."""
+    named = dict(policy.model.named_parameters())
+    shared = {tensor.data_ptr() for tensor in named.values()}
+    buffers = {k: v for k, v in policy.model.state_dict().items() if k not in named and v.data_ptr() not in shared}
+    return {name: tensor.detach() for name, tensor in (named | buffers).items()}
+
+
+def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by `index.name` and everything else as JSON."""
+    tensors: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, Tensor) else plain)[f"{index}.{name}"] = value
+    # load_file puts everything on the CPU and load_state_dict moves it to where the parameters are
+    return {k: v.detach().contiguous() for k, v in tensors.items()}, {"state": plain, "groups": state["param_groups"]}
+
+
+def _unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **plain["state"]}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    # JSON has no tuples, and optimizers compare and unpack their betas as one
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+        for group in plain["groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _finished(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{DONE}*"))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

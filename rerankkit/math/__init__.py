@@ -1,0 +1,1 @@
+"""Pure functions: metrics, statistics, advantages, losses. Imports nothing of ours; import the module you need."""

@@ -1,0 +1,51 @@
+"""The whole pipeline, one line an arrow. Start reading here."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rerankkit.config import RunConfig
+from rerankkit.store import StoppedEarlyError, open_run
+
+STAGES = ("data", "sids", "midtrain", "candidates", "traces", "sft", "rl", "rank-mid-train", "rank-sft", "rank-rl")
+
+
+def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
+    """Do every stage that is not done yet in the folder `out`, and return the report.
+
+    `how` sets fields of `store.RunFolder`; with `until="sft"` it stops after that stage and returns an empty report.
+    """
+    from rerankkit.data.dataset import Dataset
+    from rerankkit.data.lists import CandidateLists
+    from rerankkit.lm import Policy
+    from rerankkit.stages.assemble import report_run
+    from rerankkit.stages.candidates import make_candidates
+    from rerankkit.stages.data import make_dataset, source_digests
+    from rerankkit.stages.midtrain import midtrain
+    from rerankkit.stages.rankings import Rankings, rank_users
+    from rerankkit.stages.rl import reinforce, watching
+    from rerankkit.stages.sft import fine_tune
+    from rerankkit.stages.sids import SidMap, draw_sids
+    from rerankkit.stages.traces import Traces, write_traces
+
+    c, tables = config, source_digests(config.data, config.candidates)
+    held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
+    with suppress(StoppedEarlyError), open_run(out, config, **how) as folder:
+        stage, load_policy = folder.stage, partial(Policy.load, device=folder.device)
+        data = stage("data", make_dataset, Dataset.load, c.data, tables)
+        sids = stage("sids", draw_sids, SidMap.load, c.tokenizer, c.data.embeddings, data)
+        mid = stage("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
+        own = (sids, mid) if c.candidates.use == "policy" else (None, None)
+        lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)
+        traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
+        sft = stage("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid)
+        rl = stage("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft)
+        ranked = {
+            name: stage(f"rank-{name}", rank_users, Rankings.load, how_, c.evaluate, data, sids, lists, policy)
+            for name, how_, policy in (("mid-train", "score", mid), ("sft", "generate", sft), ("rl", "generate", rl))
+        }
+        return report_run(folder, data, sids, lists, traces, ranked)
+    return {}

@@ -1,0 +1,110 @@
+"""Rankings: a policy puts test users' candidates in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rerankkit.config import Evaluate
+from rerankkit.types import Parse, Ranking, RerankExample, RunInfo
+
+if TYPE_CHECKING:
+    from rerankkit.data.dataset import Dataset
+    from rerankkit.data.lists import CandidateLists
+    from rerankkit.lm import Policy
+    from rerankkit.stages.sids import SidMap
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """One system's answers, aligned by example id."""
+
+    rankings: dict[str, Ranking]
+    """example_id -> ranking."""
+    reasoning: dict[str, str]
+    """example_id -> what the system said; empty where it only scores."""
+
+    def save(self, folder: Path) -> None:
+        """rankings.parquet, one row an example."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [
+            {
+                "example_id": example_id,
+                "order": list(ranking.order),
+                "parse": str(ranking.parse),
+                "problem": ranking.problem,
+                "reasoning": self.reasoning[example_id],
+            }
+            for example_id, ranking in self.rankings.items()
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "rankings.parquet")
+
+    @classmethod
+    def load(cls, folder: Path) -> Rankings:
+        """Read rankings.parquet."""
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(folder / "rankings.parquet").to_pylist()
+        return cls(
+            {row["example_id"]: Ranking(tuple(row["order"]), Parse(row["parse"]), row["problem"]) for row in rows},
+            {row["example_id"]: row["reasoning"] for row in rows},
+        )
+
+
+def rank_users(
+    how: Literal["score", "generate"],
+    config: Evaluate,
+    dataset: Dataset,
+    sids: SidMap,
+    lists: CandidateLists,
+    policy: Policy,
+    *,
+    info: RunInfo,
+) -> Rankings:
+    """Answers for the test users whose target is listed.
+
+    `generate`: the greedy answer, reasoning first. `score`: candidates by log P(SID | history), for a policy that has
+    not yet learned to answer; ties keep the given order.
+    """
+    examples = lists.examples(sids.attach(dataset.items), "test", only_with_target=True)
+    rank = generate if how == "generate" else score
+    rankings: dict[str, Ranking] = {}
+    reasoning: dict[str, str] = {}
+    starts = range(0, len(examples), config.batch_size)
+    for start in info.progress(starts, total=len(starts), what="ranking test users"):
+        batch = examples[start : start + config.batch_size]
+        for example, (ranking, said) in zip(batch, rank(policy, batch, config, info), strict=True):
+            rankings[example.example_id] = ranking
+            reasoning[example.example_id] = said
+    return Rankings(rankings, reasoning)
+
+
+def generate(
+    policy: Policy, examples: Sequence[RerankExample], config: Evaluate, info: RunInfo
+) -> list[tuple[Ranking, str]]:
+    """The policy's greedy answers."""
+    from rerankkit.lm import ask
+
+    rollouts = ask(
+        policy, examples, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0, info=info, salt="evaluate"
+    )
+    return [(rollout.ranking, rollout.reasoning) for rollout in rollouts]
+
+
+def score(
+    policy: Policy, examples: Sequence[RerankExample], config: Evaluate, info: RunInfo
+) -> list[tuple[Ranking, str]]:
+    """Candidates by the policy's log P of their SIDs after the history."""
+    from rerankkit.lm import score_continuations
+    from rerankkit.text.prompts import sequence_prompt
+
+    scores = score_continuations(
+        policy,
+        [policy.document_ids(sequence_prompt(example.history, policy.surface, policy.style)) for example in examples],
+        [[policy.sid_ids(item.sid) for item in example.candidates] for example in examples],
+    )
+    return [(Ranking(tuple(sorted(range(len(row)), key=lambda i: (-row[i], i)))), "") for row in map(list, scores)]

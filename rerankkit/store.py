@@ -1,0 +1,313 @@
+"""The run folder: what is done, what it was made from, and how to go on after a kill.
+
+    config.json  manifest.json  metrics.jsonl  completions/*.parquet  log.txt  report.{html,md,json}
+    stages/3-midtrain/       a finished stage: its artifact, and stage.json with its fingerprint
+    stages/3-midtrain.work/  an unfinished one: its checkpoints
+
+A stage is written aside and renamed whole, so what bears a stage's name is complete. Its fingerprint covers the
+settings it reads, the parts it uses and the fingerprints of its inputs; the same fingerprint means: done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from rerankkit.config import ChosenPart, RunConfig
+from rerankkit.errors import RunFolderError
+from rerankkit.types import RunInfo, SidSurface
+
+PACKAGES = ("rerankkit", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pydantic", "pluggy")
+"""What a result depends on most, for the manifest."""
+FORMAT = 1
+"""Raised when a stage's artifact changes its meaning, so that old run folders are not mistaken for new ones."""
+
+
+class Savable(Protocol):
+    """An artifact: writes itself into an empty folder."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that its loader needs."""
+
+
+A = TypeVar("A", bound=Savable)
+
+
+class StoppedEarlyError(Exception):
+    """Not a failure: the stage that the user wanted last is done."""
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[A]):
+    """A finished stage's result, on disk. `load` reads it afresh, so that nobody shares a mutable policy."""
+
+    folder: Path
+    fingerprint: str
+    loader: Callable[[Path], A]
+
+    def load(self) -> A:
+        """Read the artifact."""
+        return self.loader(self.folder)
+
+
+@dataclass
+class RunFolder:
+    """An open, locked run folder. `stage` is its one important method."""
+
+    path: Path
+    config: RunConfig
+    device: str = "cpu"
+    progress: Callable[..., Iterator[Any]] | None = None
+    announce: Callable[[str, str, float], None] = lambda name, state, seconds: None
+    """Told of every stage: its name; `skipped`, `started`, `continued` or `done`; and the seconds it took."""
+    track: Callable[[Mapping[str, float]], None] = lambda metrics: None
+    """Told of every logged record, for other trackers."""
+    hooks: Any = None
+    """Plugins' hooks, to be told of training steps and of the report."""
+    until: str = ""
+    """The name of the last stage to do; empty means all."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of the stages so far, in order."""
+
+    def stage(self, name: str, make: Callable[..., A], loader: Callable[[Path], A], *arguments: Any) -> Artifact[A]:
+        """Do a stage, or find it done.
+
+        `make(*arguments, info)` is called with every Artifact among the arguments loaded and every ChosenPart built.
+        """
+        if self.until and self.until in self.fingerprints:
+            raise StoppedEarlyError(self.until)
+        number = len(self.fingerprints) + 1
+        folder = self.path / "stages" / f"{number}-{name}"
+        fingerprint = _digest([FORMAT, name, self.config.seed, *map(self._identity, arguments)])
+        artifact = Artifact(folder, fingerprint, loader)
+        self.fingerprints[name] = fingerprint
+        if _fingerprint_of(folder) == fingerprint:
+            self.announce(name, "skipped", 0.0)
+            return artifact
+        work = folder.with_suffix(".work")
+        continued = _fingerprint_of(work) == fingerprint
+        if not continued:
+            shutil.rmtree(work, ignore_errors=True)
+            self._forget_metrics(name)
+            work.mkdir(parents=True)
+            write_json(work / "stage.json", {"name": name, "fingerprint": fingerprint})
+        self.announce(name, "continued" if continued else "started", 0.0)
+        started = time.monotonic()
+        info = self.info(name, work)
+        result = make(*[self._ready(argument, info) for argument in arguments], info=info)
+        seconds = time.monotonic() - started
+        record = {"name": name, "fingerprint": fingerprint, "seconds": round(seconds, 3)}
+        publish(folder, lambda aside: (result.save(aside), write_json(aside / "stage.json", record)))
+        shutil.rmtree(work, ignore_errors=True)
+        self.announce(name, "done", seconds)
+        return artifact
+
+    def seconds(self) -> dict[str, float]:
+        """How long each finished stage took."""
+        return {status.name: status.seconds for status in read_status(self.path) if status.seconds is not None}
+
+    def info(self, stage: str, work: Path) -> RunInfo:
+        """What the stage's parts are told."""
+
+        def log(metrics: Mapping[str, float]) -> None:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, **metrics}) + "\n")
+            self.track(metrics)
+
+        surface = SidSurface()
+        chosen = {} if self.progress is None else {"progress": self.progress}
+        precision = self.config.policy.precision
+        return RunInfo(self.config.seed, self.device, precision, work, surface=surface, log=log, **chosen)
+
+    def _ready(self, argument: Any, info: RunInfo) -> Any:
+        if isinstance(argument, Artifact):
+            return argument.load()
+        if isinstance(argument, tuple):  # rewards: (weight, name, live part) each
+            return tuple((part.weight, part.spec.name, part.build(info)) for part in argument)
+        return argument.build(info) if isinstance(argument, ChosenPart) else argument
+
+    def _identity(self, argument: Any) -> Any:
+        if isinstance(argument, Artifact):
+            return argument.fingerprint
+        if isinstance(argument, ChosenPart):
+            return [argument.resolved(), argument.provenance()]
+        if isinstance(argument, BaseModel):
+            return [type(argument).__name__, argument.model_dump(mode="json")]
+        if isinstance(argument, tuple | list):
+            return [self._identity(entry) for entry in argument]
+        return argument
+
+    def _forget_metrics(self, stage: str) -> None:
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _stage_of(line) not in (stage, None)]
+            write_text(path, "".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def open_run(path: Path, config: RunConfig, **how: Any) -> Iterator[RunFolder]:
+    """Lock `path` for this process and record what is about to run. Raises RunFolderError if it is taken or foreign."""
+    from filelock import FileLock, Timeout
+
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file; --out names a folder.")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists() and not (path / ".lock").exists():
+        raise RunFolderError(f"{path} holds other files and is not a run folder; name a new or empty one with --out.")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = read_json(path / "holder.json")
+        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
+        raise RunFolderError(f"{path} is in use by {who}; wait for it, stop it, or choose another --out.") from None
+    try:
+        write_json(path / "holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
+        write_json(path / "config.json", config.resolved())
+        folder = RunFolder(path, config, **how)
+        write_json(path / "manifest.json", manifest(config))
+        yield folder
+    finally:
+        (path / "holder.json").unlink(missing_ok=True)
+        lock.release()
+
+
+def manifest(config: RunConfig) -> dict[str, Any]:
+    """Everything that a result depends on: parts and their distributions, versions, seed, machine."""
+    return {
+        "seed": config.seed,
+        "device": config.device,
+        "parts": [p.provenance() for p in (config.tokenizer, config.teacher, *config.reward, config.optimizer)],
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cpu_count": os.cpu_count()},
+    }
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage as `rerankkit status` shows it."""
+
+    name: str
+    state: str
+    """`done` or `unfinished`."""
+    seconds: float | None = None
+    step: int | None = None
+    """Of an unfinished stage: the last step it logged."""
+
+
+def read_status(path: Path) -> list[StageStatus]:
+    """The stages of a run folder, in order. Raises RunFolderError if it is none."""
+    if not (path / "config.json").exists():
+        raise RunFolderError(f"{path} is not a run folder: it has no config.json. `rerankkit run CONFIG --out {path}` makes one.")
+    logged = {record["stage"]: record.get("step") for record in read_metrics(path)}
+    found = []
+    for folder in (path / "stages").glob("*-*"):
+        record = read_json(folder / "stage.json")
+        if not record or ".tmp" in folder.name:
+            continue
+        done = folder.suffix != ".work"
+        step = None if done else logged.get(record["name"])
+        status = StageStatus(record["name"], "done" if done else "unfinished", record.get("seconds"), step)
+        found.append((int(folder.name.split("-")[0]), done, status))
+    latest = {number: status for number, _, status in sorted(found, key=lambda row: row[:2])}
+    return list(latest.values())
+
+
+def holder_of(path: Path) -> dict[str, Any]:
+    """`pid` and `host` of the process that is at work on a run folder; empty if none is."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            return {}
+    except Timeout:
+        return read_json(path / "holder.json")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, each (stage, step) once: after a kill, steps are logged again, and the last time counts."""
+    file = path / "metrics.jsonl"
+    records: dict[tuple[str, Any], dict[str, Any]] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else ()):
+        if _stage_of(line) is not None:  # a kill can leave half a line
+            record = json.loads(line)
+            records[record["stage"], record.get("step", f"line {number}")] = record
+    return sorted(records.values(), key=lambda record: (record["stage"], record.get("step", 0)))
+
+
+def publish(folder: Path, write: Callable[[Path], object]) -> None:
+    """Fill a folder aside, then rename it whole into place; an older one of that name gives way."""
+    aside = folder.with_name(folder.name + ".tmp")
+    old = folder.with_name(folder.name + ".tmp-old")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside)
+    for file in aside.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: a reader sees the old text or the new, never half."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of readable JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or an empty one if there is none to read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _fingerprint_of(folder: Path) -> str:
+    return str(read_json(folder / "stage.json").get("fingerprint", ""))
+
+
+def _digest(value: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _stage_of(line: str) -> str | None:
+    try:
+        return str(json.loads(line)["stage"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def version_of(package: str) -> str:
+    """An installed package's version, or `not installed`."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

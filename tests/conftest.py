@@ -1,0 +1,30 @@
+"""One torch thread (beside other load two are slower than one) and no network, whatever a test imports."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def beauty() -> Path:
+    """The Amazon Beauty tables, where they are to be had; otherwise the test is skipped."""
+    folder = Path(os.environ.get("RERANKKIT_DATA", ROOT.parent / "shared" / "data")) / "beauty"
+    if not folder.is_dir():
+        pytest.skip(f"no Beauty tables at {folder}; set RERANKKIT_DATA to the folder that holds beauty/")
+    return folder

@@ -1,0 +1,161 @@
+"""Packed equals one by one, shared prompt equals repeated prompt: log-probabilities, entropies and gradients."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rerankkit.lm import Policy, TrainSequence, group_logps, packed_logps
+from rerankkit.lm.forward import block_mask
+
+
+def ids(draw: random.Random, length: int) -> list[int]:
+    return [draw.randrange(300) for _ in range(length)]
+
+
+def plain(policy: Policy, token_ids: list[int], temperature: float = 1.0) -> Tensor:
+    """log P of tokens 1.. by the model's own forward, one sequence alone, no mask."""
+    logits = policy.model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0] / temperature
+    return logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+
+
+def gradient(policy: Policy, loss: Callable[[], Tensor]) -> Tensor:
+    policy.model.zero_grad()
+    loss().backward()
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def test_packed_equals_one_by_one(make, shape) -> None:
+    policy, draw = make(**shape), random.Random(1)
+    made = [
+        TrainSequence(tuple(ids(draw, n)), tuple(draw.choice([0.0, 0.5, 2.0]) for _ in range(n)))
+        for n in (5, 1, 9, 7, 3)
+    ]
+    rows = [[made[0], made[1], made[2]], [made[3], made[4]]]
+
+    def alone() -> Tensor:
+        parts = [plain(policy, list(s.token_ids)) * torch.tensor(s.weights[1:]) for s in made if len(s) > 1]
+        return torch.cat(parts).sum()
+
+    def packed() -> Tensor:
+        result = packed_logps(policy, rows)
+        return (result.logps * result.weights).sum()
+
+    result = packed_logps(policy, rows)
+    for number, sequence in enumerate(made):
+        expected = plain(policy, list(sequence.token_ids)).detach()[[w != 0 for w in sequence.weights[1:]]]
+        assert torch.allclose(result.split()[number], expected, atol=1e-5)
+    slopes = gradient(policy, alone), gradient(policy, packed)
+    assert cosine(*slopes) > 0.9999
+    assert torch.allclose(*slopes, atol=1e-3 * float(slopes[0].abs().max()))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_shared_prompt_equals_repeated_prompts(make, shape, temperature: float) -> None:
+    policy, draw = make(**shape), random.Random(2)
+    prompts = [ids(draw, 11), ids(draw, 6)]
+    groups = [[ids(draw, n) for n in (4, 1, 0, 6)], [ids(draw, n) for n in (3, 8)]]
+    scale = torch.randn(22, generator=torch.Generator().manual_seed(0))
+
+    def repeated() -> Tensor:
+        return torch.cat(
+            [
+                plain(policy, p + c, temperature)[len(p) - 1 :]
+                for p, group in zip(prompts, groups, strict=True)
+                for c in group
+            ]
+        )
+
+    def shared() -> Tensor:
+        return group_logps(policy, prompts, groups, temperature=temperature).logps
+
+    assert torch.allclose(shared(), repeated(), atol=1e-5)
+    slopes = gradient(policy, lambda: (repeated() * scale).sum()), gradient(policy, lambda: (shared() * scale).sum())
+    assert cosine(*slopes) > 0.9999
+    assert torch.allclose(*slopes, atol=1e-3 * float(slopes[0].abs().max()))
+
+
+def test_results_are_numbered_and_can_be_padded(tiny) -> None:
+    result = group_logps(tiny, [[5, 6], [7]], [[[1, 2], []], [[3]]])
+    assert result.sequence_ids.tolist() == [0, 0, 2] and result.num_sequences == 3
+    assert [len(part) for part in result.split()] == [2, 0, 1]
+    table, real = result.padded(fill=-1.0)
+    assert real.tolist() == [[True, True], [False, False], [True, False]]
+    assert table[1].tolist() == [-1.0, -1.0] and table[2, 0] == result.logps[2]
+
+
+def test_entropies_are_those_of_the_whole_distribution(tiny) -> None:
+    result = group_logps(tiny, [[5, 6]], [[[1, 2]]], temperature=0.5, entropies=True)
+    logps = (tiny.model(input_ids=torch.tensor([[5, 6, 1]])).logits[0] / 0.5).log_softmax(-1)
+    expected = -(logps.exp() * logps).sum(-1)[1:].detach()
+    assert result.entropies is not None and not result.entropies.requires_grad
+    assert torch.allclose(result.entropies, expected, atol=1e-4)
+    assert 0 < float(expected[0]) < math.log(logps.shape[-1])
+
+
+def test_chunks_do_not_change_logps_or_gradients(tiny) -> None:
+    prompts, groups = [[5, 6, 7]], [[[1, 2, 3], [4, 5]]]
+    whole = gradient(tiny, lambda: group_logps(tiny, prompts, groups).logps.sum())
+    parts = gradient(tiny, lambda: group_logps(tiny, prompts, groups, chunk=2).logps.sum())
+    assert torch.allclose(whole, parts, atol=1e-4 * float(whole.abs().max()))
+    a, b = (group_logps(tiny, prompts, groups, entropies=True, chunk=c) for c in (100, 2))
+    assert torch.allclose(a.logps, b.logps, atol=1e-6) and torch.allclose(a.entropies, b.entropies, atol=1e-6)
+
+
+def test_bfloat16_is_near_float32_and_gives_float32(make) -> None:
+    policy = make()
+    for parameter in policy.model.parameters():
+        parameter.data.div_(3)
+    prompts, groups = [[5, 6, 7]], [[[1, 2, 3], [4, 5]]]
+    exact = group_logps(policy, prompts, groups).logps
+    rough = group_logps(policy, prompts, groups, autocast=torch.bfloat16).logps
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    assert torch.allclose(rough, exact, atol=0.3)
+    rough.sum().backward()
+
+
+def test_nothing_to_predict_is_nothing(tiny) -> None:
+    assert group_logps(tiny, [[1]], [[[]]]).padded()[0].shape == (1, 0)
+    assert packed_logps(tiny, [[TrainSequence((1, 2), (1.0, 0.0))]]).logps.shape == (0,)
+    assert packed_logps(tiny, []).num_sequences == 0
+
+
+def test_an_empty_prompt_is_refused(tiny) -> None:
+    with pytest.raises(ValueError, match="empty prompt"):
+        group_logps(tiny, [[]], [[[1]]])
+
+
+def test_the_mask_by_hand() -> None:
+    # prompt of 2 (block 0), completions of 2 (block 2) and 1 (block 4), one place of padding (block -1)
+    keep = block_mask(torch.tensor([[0, 0, 2, 2, 4, -1]]), torch.tensor([[0, 0, 2, 2, 2, 0]]))
+    assert keep[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+@given(st.integers(1, 4), st.lists(st.integers(0, 4), max_size=4))
+@settings(deadline=None)
+def test_the_mask_against_brute_force(prefix: int, lengths: list[int]) -> None:
+    owner = [-1] * prefix + [g for g, n in enumerate(lengths) for _ in range(n)]
+    starts = [0] * prefix + [prefix + sum(lengths[:g]) for g, n in enumerate(lengths) for _ in range(n)]
+    prefixes = [0] * prefix + [prefix] * sum(lengths)
+    keep = block_mask(torch.tensor([starts]), torch.tensor([prefixes]))[0]
+    for q in range(len(owner)):
+        for k in range(len(owner)):
+            assert bool(keep[q, k]) == (k <= q and owner[k] in (-1, owner[q]))

@@ -1,0 +1,197 @@
+"""The offline teacher: right more often than the input order, honest, cross-fitted, and the same after a restart."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rerankkit.text.answers import parse_answer
+from rerankkit.text.prompts import PromptStyle, answer_parts
+from rerankkit.types import Item, Parse, RerankExample, RunInfo, SidSurface, Trace
+from rerankkit_gr2.asks import Request
+from rerankkit_gr2.features import PRIOR, FeatureBackend, Lessons, answer, conditional_logit, fit, fold_of, see
+from rerankkit_gr2.teacher import RejectionSampling, Targeted, acceptance_by_position
+
+STYLE = PromptStyle()
+ALL = PromptStyle(fields=("title", "categories", "brand", "price"))
+KINDS = ("Shampoo", "Conditioner", "Mask", "Gel", "Comb", "Spray")
+BRANDS = ("Norda", "Velis", "Amaro")
+
+
+def thing(kind: int, brand: int) -> Item:
+    name = f"{BRANDS[brand]} {KINDS[kind]}"
+    return Item(name, name, ("Hair", KINDS[kind]), "", BRANDS[brand], 5.0 + 10 * brand, (kind, brand))
+
+
+def shop(num_users: int) -> list[RerankExample]:
+    """Users who keep to a brand, and walk along KINDS nine times in ten; the target stands anywhere in six."""
+    examples = []
+    for user in range(num_users):
+        dice = random.Random(f"user {user}")
+        brand, kind, bought = dice.randrange(3), dice.randrange(6), []
+        for _ in range(6):
+            bought.append(thing(kind, brand))
+            kind = (kind + 1) % 6 if dice.random() < 0.9 else dice.randrange(6)
+        others = [thing(k, b) for k in range(6) for b in range(3) if thing(k, b) != bought[-1]]
+        candidates = [bought[-1], *dice.sample(others, 5)]
+        dice.shuffle(candidates)
+        relevance = tuple(float(item == bought[-1]) for item in candidates)
+        examples.append(RerankExample(f"e{user}", f"u{user}", tuple(bought[:-1]), tuple(candidates), relevance))
+    return examples
+
+
+@pytest.fixture(scope="module")
+def asks() -> list[RerankExample]:
+    return shop(300)
+
+
+def test_conditional_logit_finds_the_weights_that_made_the_choices() -> None:
+    random = np.random.default_rng(0)
+    true = np.array([0.5, 1.0, -1.0, 2.0, 0.0, -2.0, 1.5])
+    x = random.normal(size=(3000, 6, 7))
+    y = (x @ true + random.gumbel(size=(3000, 6))).argmax(1)
+    found = conditional_logit([(x[n], int(y[n])) for n in range(3000)])
+    # standard errors are about 1 / sqrt(3000 * variance of the chosen row's features), below .05
+    assert np.abs(found - true).max() < 0.2
+    assert (conditional_logit([]) == PRIOR).all()
+
+
+def test_only_what_the_style_shows_is_seen() -> None:
+    item = Item("i", "Norda Deep Mask 50ml", ("Hair", "Mask"), brand="Norda", price=5.0)
+    assert see(item, STYLE) == see(item, PromptStyle(fields=("title",)))  # kind and brand stand in the title
+    bare = see(item, PromptStyle(fields=("categories",)))
+    assert (bare.kind, bare.brand, bare.price, dict(bare.words)) == ("Mask", "", 0.0, {})
+    assert see(replace(item, brand="Velis"), STYLE).brand == ""  # has to be a field of its own
+    assert see(replace(item, brand="Velis"), ALL).brand == "Velis"
+    assert see(item, PromptStyle(fields=("title",), max_title_words=2)).kind == ""  # cut off
+
+
+def test_lift_by_hand() -> None:
+    # a -> b three times, c -> b once, c -> d twice: base rates (with one added to each) b 5/8, d 3/8
+    lessons = Lessons(tuple(PRIOR), {"a": Counter(b=3), "c": Counter(b=1, d=2)}, (0.0, 0.0))
+    # smoothing is worth 5 transitions: (3 + 5 * 5/8) / (3 + 5) / (5/8) = 6.125 / 8 / .625
+    assert lessons.lift("a", "b") == pytest.approx(np.log(6.125 / 8 / 0.625))
+    assert lessons.lift("a", "d") < 0 < lessons.lift("c", "d")
+    assert lessons.lift("a", "unknown") == lessons.lift("", "b") == lessons.lift("unknown", "b") == 0.0
+    assert replace(lessons, knowledge=False).lift("a", "b") == 0.0
+
+
+def test_it_beats_the_input_order_and_is_still_rejected_at_times(asks: list[RerankExample]) -> None:
+    answers = list(RejectionSampling(FeatureBackend(), samples=2).write(asks, RunInfo()))
+    counts = acceptance_by_position(asks, answers)
+    accepted = sum(a for a, _ in counts.values())
+    first_try = sum(isinstance(a, Trace) and a.provenance["attempt"] == "1" for a in answers)
+    # the input order is a shuffle: 1/6 of 300 = 50 by luck. With perfect knowledge about nine in ten.
+    assert 180 < first_try < accepted < 300
+    assert sorted(counts) == [0, 1, 2, 3, 4, 5]
+
+
+def test_without_knowledge_sequences_are_not_used(asks: list[RerankExample]) -> None:
+    def hits(style: PromptStyle) -> int:
+        lessons = fit(asks, style)
+        return sum(int(lessons[fold_of(e.user_id)].scores(e, style).argmax()) == e.target_index for e in asks)
+
+    assert hits(replace(STYLE, knowledge=False)) + 30 < hits(STYLE)
+
+
+def test_an_own_target_never_informs_the_answer(asks: list[RerankExample]) -> None:
+    # the same asks, but user 5 chose something else and the next thing in their history is another
+    changed = list(asks)
+    other = asks[5]
+    changed[5] = replace(other, relevance=(*other.relevance[1:], other.relevance[0]), history=other.history[::-1])
+    mine = fold_of(other.user_id)
+    before, after = fit(asks, STYLE), fit(changed, STYLE)
+    assert before[mine] == after[mine]
+    assert all(before[i] != after[i] for i in range(5) if i != mine)
+    request = Request(other, STYLE, SidSurface(), 1.0, 3)
+    blind = replace(request, example=replace(other, relevance=changed[5].relevance))
+    backend = FeatureBackend()
+    list(backend.ask([Request(e, STYLE, SidSurface(), 1.0, 3) for e in asks], RunInfo()))
+    assert list(backend.ask([request], RunInfo())) == list(backend.ask([blind], RunInfo()))
+
+
+def test_only_the_top_choice_is_random(asks: list[RerankExample]) -> None:
+    lessons = fit(asks, STYLE)[fold_of(asks[0].user_id)]
+    backend = FeatureBackend()
+    requests = [Request(asks[0], STYLE, SidSurface(), 3.0, seed) for seed in range(50)]
+    list(backend.ask([Request(e, STYLE, SidSurface(), 1.0, 0) for e in asks], RunInfo()))
+    orders = {reply.order for _, reply in backend.ask(requests, RunInfo()) if hasattr(reply, "order")}
+    by_score = sorted(range(6), key=lambda i: -lessons.scores(asks[0], STYLE)[i])
+    assert len({order[0] for order in orders}) > 1
+    for order in orders:
+        assert list(order[1:]) == [i for i in by_score if i != order[0]]
+    (cold,) = backend.ask([replace(requests[0], temperature=0.0)], RunInfo())
+    assert cold[1].order == tuple(by_score)  # type: ignore[union-attr]
+
+
+def test_reasoning_is_short_true_and_cites_the_choice(asks: list[RerankExample]) -> None:
+    surface = SidSurface()
+    for teacher in (RejectionSampling(FeatureBackend(), samples=1, style=ALL), Targeted(FeatureBackend(), style=ALL)):
+        for trace in teacher.write(asks, RunInfo()):
+            if not isinstance(trace, Trace):
+                continue
+            example = next(e for e in asks if e.example_id == trace.example_id)
+            chosen, last = example.candidates[trace.order[0]], example.history[-1]
+            assert trace.order[0] == example.target_index
+            assert len(trace.reasoning.split()) <= 35
+            assert surface.find(trace.reasoning) == [chosen.sid]
+            pattern, following, match = _steps(trace)
+            assert pattern.startswith(last.brand)  # these users keep to one brand
+            assert following.endswith(chosen.categories[-1])
+            assert (
+                following.startswith(f"after {last.categories[-1]} comes")
+                or following.startswith("again ")
+                or (following == chosen.categories[-1])
+            )
+            assert (last.brand in match) == (chosen.brand == last.brand)
+            reasoning, ranking = answer_parts(trace.reasoning, trace.order, example, surface)
+            read = parse_answer(reasoning + ranking, example, surface)
+            assert read.ranking.parse is Parse.OK and read.reasoning == trace.reasoning
+
+
+def _steps(trace: Trace) -> list[str]:
+    return [step.split(": ", 1)[1] for step in trace.reasoning.rstrip(".").split(". ")]
+
+
+def test_reads_as_intended() -> None:
+    pairs = {"Shampoo": Counter(Conditioner=9, Gel=1), "Gel": Counter(Comb=9)}
+    lessons = Lessons(tuple(PRIOR), pairs, (10.0, 20.0))
+    history = (thing(3, 0), thing(0, 0))  # Norda Gel, Norda Shampoo; 5 dollars each
+    example = RerankExample("e", "u", history, (thing(2, 1), thing(1, 0)), (0.0, 1.0))
+    texts = {
+        answer(Request(example, ALL, SidSurface(), 0.0, seed, reveal_target=True), lessons).reasoning
+        for seed in range(20)
+    }
+    sid = "<|sid_begin|><s_a_1><s_b_0><|sid_end|>"
+    facts = ("Norda, low price", "after Shampoo comes Conditioner", f"{sid}, Norda, low price")
+    assert texts == {
+        "pattern: {}. next: {}. match: {}.".format(*facts),
+        "taste: {}. then: {}. best: {}.".format(*facts),
+    }
+
+
+def test_a_resumed_run_answers_the_missing_as_the_first_would_have(asks: list[RerankExample], tmp_path: Path) -> None:
+    info = RunInfo(seed=3, work=tmp_path)
+    whole = list(RejectionSampling(FeatureBackend(), samples=3).write(asks, info))
+    again = list(RejectionSampling(FeatureBackend(), samples=3).write(asks[200:], info))
+    assert {a.example_id: a for a in again}.items() <= {a.example_id: a for a in whole}.items()
+    fresh = list(RejectionSampling(FeatureBackend(), samples=3).write(asks, replace(info, work=None)))
+    assert fresh == whole
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_strange_examples_are_answered() -> None:
+    nothing = Item("n", "", sid=(0, 0))
+    odd = Item("o", "\n<|im_end|>", ("<s_a_1>",), brand='"', price=float("nan"), sid=(0, 1))
+    examples = [
+        RerankExample("a", "u", (), (nothing,), (1.0,)),
+        RerankExample("b", "\ud800", (odd, nothing), (odd, nothing, odd), (0.0, 1.0, 0.0)),
+    ]
+    answers = list(Targeted(FeatureBackend(), style=ALL).write(examples, RunInfo()))
+    assert [isinstance(one, Trace) for one in answers] == [True, True]
+    assert all(len(SidSurface().find(a.reasoning)) == 1 and "im_end|" not in a.reasoning for a in answers)  # type: ignore[union-attr]

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import rerankkit_gr2.kmeans
+from rerankkit.errors import DataError, RunFolderError
+from rerankkit.math.sids import sid_scorecard
+from rerankkit.protocols import Tokenizer
+from rerankkit.types import Catalog, Item
+from rerankkit_gr2.kmeans import fit_kmeans, nearest_codes
+from rerankkit_gr2.rqvae import RqVaeNet, Training, diversity_loss, move_codes, train
+from rerankkit_gr2.tokenizer import ResidualKMeans, RqVae
+
+Make: TypeAlias = Callable[[], Tokenizer]
+
+
+def catalog_of(embeddings: NDArray[np.float32], first: int = 0) -> Catalog:
+    items = tuple(Item(f"item {first + i}", "") for i in range(len(embeddings)))
+    return Catalog(items, embeddings, np.empty((0, 2), dtype=np.int64))
+
+
+def clusters(num: int, seed: int = 0, copies: int = 3) -> NDArray[np.float32]:
+    """Points in 12 dimensions around 10 centres, each in some near or exact copies."""
+    rng = np.random.default_rng(seed)
+    base = 4 * rng.standard_normal((10, 12))[rng.integers(0, 10, num)] + rng.standard_normal((num, 12))
+    return np.repeat(base, copies, axis=0)[:num].astype(np.float32)
+
+
+def take(catalog: Catalog, rows: list[int]) -> Catalog:
+    return Catalog(tuple(catalog.items[i] for i in rows), catalog.embeddings[rows], catalog.pairs)
+
+
+def kmeans() -> ResidualKMeans:
+    return ResidualKMeans(levels=3, codes=16, iterations=5)
+
+
+def rqvae() -> RqVae:
+    return RqVae(levels=3, codes=16, latent=4, hidden=(16,), epochs=1, min_steps=20, batch_size=32)
+
+
+both = pytest.mark.parametrize("make", [kmeans, rqvae])
+
+
+# What the Tokenizer protocol asks
+
+
+@both
+def test_codes_lie_in_their_codebooks_and_are_unique(make: Make) -> None:
+    tokenizer = make()
+    catalog = catalog_of(clusters(120))
+    tokenizer.fit(catalog)
+    sids = tokenizer.encode(catalog)
+    assert sids.shape == (120, 3)
+    assert sids.dtype == np.int64
+    assert tokenizer.codebook_sizes == (16, 16, 16)
+    assert sid_scorecard(sids, tokenizer.codebook_sizes)["own_share"] == 1
+
+
+@both
+def test_an_item_keeps_its_sid(make: Make, tmp_path: Path) -> None:
+    tokenizer = make()
+    catalog = catalog_of(clusters(90))
+    tokenizer.fit(catalog)
+    sids = tokenizer.encode(catalog)
+    rows = [7, 3, 80]
+    assert np.array_equal(tokenizer.encode(take(catalog, rows)), sids[rows])
+    assert np.array_equal(
+        tokenizer.encode(replace(catalog, embeddings=-catalog.embeddings)), sids
+    )  # a new text encoder
+    tokenizer.save(tmp_path)
+    loaded = make()
+    loaded.load(tmp_path)
+    assert np.array_equal(loaded.encode(catalog), sids)
+
+
+@both
+def test_new_items_take_free_codes_and_change_nobody(make: Make, tmp_path: Path) -> None:
+    tokenizer = make()
+    catalog, newcomers = catalog_of(clusters(90)), catalog_of(clusters(90)[::9].copy(), first=90)  # exact copies
+    tokenizer.fit(catalog)
+    before = tokenizer.encode(catalog)
+    tokenizer.save(tmp_path)
+    loaded = make()
+    loaded.load(tmp_path)
+    new = tokenizer.encode(newcomers)
+    assert np.array_equal(loaded.encode(newcomers), new)
+    assert np.array_equal(tokenizer.encode(catalog), before)
+    assert np.array_equal(tokenizer.encode(take(newcomers, [4, 1])), new[[4, 1]])
+    assert sid_scorecard(np.concatenate([before, new]), (16, 16, 16))["own_share"] == 1
+    assert np.array_equal(new[:, :2], before[::9, :2])  # a copy of an item lands beside it
+
+
+@both
+def test_seeded_and_without_side_effects(make: Make) -> None:
+    embeddings = clusters(60)
+    embeddings.flags.writeable = False  # as Arrow hands them out
+    state = torch.random.get_rng_state()
+    first, second = make(), make()
+    first.fit(catalog_of(embeddings))
+    torch.rand(3)
+    second.fit(catalog_of(embeddings))
+    torch.random.set_rng_state(state)
+    assert np.array_equal(first.encode(catalog_of(embeddings)), second.encode(catalog_of(embeddings)))
+    first.fit(catalog_of(embeddings))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert np.array_equal(embeddings, clusters(60))
+
+
+@both
+def test_refusals(make: Make, tmp_path: Path) -> None:
+    catalog = catalog_of(clusters(30))
+    with pytest.raises(RuntimeError, match="before fit"):
+        make().encode(catalog)
+    with pytest.raises(DataError, match="'item 3' occurs 2 times"):
+        make().fit(take(catalog, [1, 3, 3]))
+    with pytest.raises(DataError, match=r"not \(29, 12\)"):
+        make().fit(replace(catalog, embeddings=catalog.embeddings[1:]))
+    holed = catalog.embeddings.copy()
+    holed[4, 2] = np.nan
+    with pytest.raises(DataError, match="'item 4' holds NaN"):
+        make().fit(replace(catalog, embeddings=holed))
+    fitted = make()
+    fitted.fit(catalog)
+    with pytest.raises(DataError, match="have 5 dimensions; the tokenizer was fitted on 12"):
+        fitted.encode(catalog_of(np.ones((2, 5), dtype=np.float32), first=50))
+    with pytest.raises(RunFolderError, match="no whole"):
+        make().load(tmp_path)
+    fitted.save(tmp_path)
+    other: Tokenizer = kmeans() if make is rqvae else rqvae()
+    with pytest.raises(RunFolderError, match="name the other one"):
+        other.load(tmp_path)
+    tensors = tmp_path / "tokenizer.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-5])
+    with pytest.raises(RunFolderError, match="no whole"):
+        make().load(tmp_path)
+
+
+@both
+def test_more_items_than_room_share_and_do_not_fail(make: Make) -> None:
+    tokenizer = make()
+    catalog = catalog_of(np.ones((20, 12), dtype=np.float32))  # one prefix, 16 codes
+    tokenizer.fit(catalog)
+    card = sid_scorecard(tokenizer.encode(catalog), (16, 16, 16))
+    assert card["distinct_prefixes"] == [1, 1, 16]
+
+
+# k-means
+
+
+def test_kmeans_by_hand() -> None:
+    points = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    codebook = fit_kmeans(points, 2, 10, np.random.default_rng(0))
+    assert sorted(codebook.squeeze(1).tolist()) == [0.5, 10.5]
+    ids = nearest_codes(points, codebook).tolist()
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+def test_empty_codes_move_to_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rerankkit_gr2.kmeans, "_spread_seeds", lambda points, num_codes, rng: points[[0] * num_codes])
+    points = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    codebook = fit_kmeans(points, 8, 20, np.random.default_rng(0))
+    assert len(set(nearest_codes(points, codebook).tolist())) == 8
+
+
+def test_fewer_points_than_codes() -> None:
+    points = torch.tensor([[0.0], [5.0]])
+    codebook = fit_kmeans(points, 4, 3, np.random.default_rng(0))
+    assert set(codebook.squeeze(1).tolist()) == {0.0, 5.0}
+
+
+def with_codebook(values: list[float]) -> ResidualKMeans:
+    """Fitted on one far item (code 0), then given a codebook by hand."""
+    tokenizer = ResidualKMeans(levels=1, codes=len(values), iterations=1)
+    tokenizer.fit(catalog_of(np.zeros((1, 1), dtype=np.float32)))
+    tokenizer._codebooks = torch.tensor(values).reshape(1, -1, 1)
+    tokenizer._book.codes[:] = values.index(max(values))  # the only item in the book sits on the highest code
+    return tokenizer
+
+
+def test_reassignment_by_hand() -> None:
+    tokenizer = with_codebook([0.0, 1.0, 5.0, 99.0])
+    # 0 and .4 are both nearest to 0. (0 -> 0, .4 -> 1) costs 0 + .36; (0 -> 1, .4 -> 0) costs 1 + .16.
+    assert tokenizer.encode(catalog_of(np.array([[0.0], [0.4]], dtype=np.float32), first=1)).tolist() == [[0], [1]]
+    # 0 and 1 are taken, 99 too: 5 is what is left
+    assert tokenizer.encode(catalog_of(np.array([[-0.2]], dtype=np.float32), first=3)).tolist() == [[2]]
+    # full: the nearest is shared
+    assert tokenizer.encode(catalog_of(np.array([[0.9]], dtype=np.float32), first=4)).tolist() == [[1]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-3, 3, width=16), min_size=2, max_size=4))
+def test_reassignment_is_optimal(places: list[float]) -> None:
+    codes = [-2.0, 0.0, 0.5, 2.0]
+    tokenizer = with_codebook([*codes, 99.0])
+    got = tokenizer.encode(catalog_of(np.array(places, dtype=np.float32)[:, None], first=1))[:, 0]
+    best = min(
+        sum((place - codes[code]) ** 2 for place, code in zip(places, order, strict=True))
+        for order in itertools.permutations(range(4), len(places))
+    )
+    assert len(set(got.tolist())) == len(places)
+    assert sum((place - codes[code]) ** 2 for place, code in zip(places, got, strict=True)) == pytest.approx(best)
+
+
+def test_without_reassignment_copies_share() -> None:
+    tokenizer = ResidualKMeans(levels=2, codes=4, reassign=False)
+    catalog = catalog_of(clusters(30))
+    tokenizer.fit(catalog)
+    sids = tokenizer.encode(catalog)
+    assert np.array_equal(sids[0], sids[1])
+
+
+# RQ-VAE
+
+HOW = Training(
+    epochs=1, min_steps=1, batch_size=4, lr=1e-3, ema=True, decay=0.9, kmeans_init=False, diversity=0.0,
+    dead_code_reset=0, commitment=0.25, seed=0,
+)  # fmt: skip
+
+
+def test_ema_by_hand() -> None:
+    codebook, unused = torch.tensor([[0.0], [10.0]]), torch.zeros(2, dtype=torch.long)
+    move_codes(codebook, unused, torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), HOW)
+    # code 0: .9 * 0 + .1 * mean(1, 3) = .2; code 1 has no residual and stays
+    assert codebook.squeeze(1).tolist() == pytest.approx([0.2, 10.0])
+    assert unused.tolist() == [0, 1]
+
+
+def test_dead_code_reset_by_hand() -> None:
+    how = replace(HOW, ema=False, dead_code_reset=2)
+    codebook, unused = torch.tensor([[0.0], [10.0]]), torch.zeros(2, dtype=torch.long)
+    residuals, ids = torch.tensor([[1.0], [3.0], [-2.0]]), torch.tensor([0, 0, 0])
+    move_codes(codebook, unused, residuals, ids, how)
+    assert codebook.squeeze(1).tolist() == [0, 10]  # one batch without use: not yet
+    move_codes(codebook, unused, residuals, ids, how)
+    assert codebook.squeeze(1).tolist() == [0, 3]  # moved to the residual with the largest error
+    assert unused.tolist() == [0, 0]
+
+
+def test_diversity_by_hand() -> None:
+    # both points sure of code 0: 2 * (1 + 0). One sure of each: 2 * (.25 + .25).
+    assert diversity_loss(torch.tensor([[0.0, 99.0], [0.0, 99.0]])).item() == pytest.approx(2)
+    assert diversity_loss(torch.tensor([[0.0, 99.0], [99.0, 0.0]])).item() == pytest.approx(1)
+
+
+def test_the_encoder_learns_from_the_reconstruction() -> None:
+    net = RqVaeNet(12, levels=2, codes=4, latent=3, hidden=(8,))
+    before = [parameter.detach().clone() for parameter in net.encoder.parameters()]
+    train(clusters(30), net, replace(HOW, commitment=0.0))  # no other loss reaches it
+    assert not any(torch.equal(*pair) for pair in zip(before, net.encoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_training_lowers_the_reconstruction_error(ema: bool) -> None:
+    embeddings = clusters(300, copies=1)
+
+    def error(steps: int) -> float:
+        tokenizer = RqVae(levels=3, codes=16, epochs=1, min_steps=steps, ema=ema, random_last=False)
+        tokenizer.fit(catalog_of(embeddings))
+        assert tokenizer._net is not None
+        sids = torch.from_numpy(tokenizer.encode(catalog_of(embeddings)))
+        return float(np.square(tokenizer._net.reconstruct(sids).numpy() - embeddings).mean())
+
+    assert error(300) < 0.6 * error(2)
+
+
+@pytest.mark.parametrize(
+    "off", [{"ema": False}, {"kmeans_init": False}, {"diversity": 0.0}, {"dead_code_reset": 0}, {"random_last": False}]
+)
+def test_every_switch_changes_something(off: dict[str, bool | float]) -> None:
+    common: dict[str, Any] = {
+        "levels": 3,
+        "codes": 16,
+        "latent": 8,
+        "hidden": (16,),
+        "epochs": 80,
+        "dead_code_reset": 5,
+    }
+    catalog = catalog_of(clusters(100, copies=1))
+    on, without = RqVae(**common), RqVae(**{**common, **off})
+    on.fit(catalog)
+    without.fit(catalog)
+    assert not np.array_equal(on.encode(catalog), without.encode(catalog))
+
+
+def test_copies_share_unless_the_last_code_is_random() -> None:
+    catalog = catalog_of(clusters(60))
+    for random_last in (True, False):
+        tokenizer = RqVae(levels=3, codes=8, latent=4, hidden=(16,), epochs=1, min_steps=20, random_last=random_last)
+        tokenizer.fit(catalog)
+        sids = tokenizer.encode(catalog)
+        assert np.array_equal(sids[0, :2], sids[1, :2])
+        assert np.array_equal(sids[0], sids[1]) is not random_last
+
+
+def test_unique_on_beauty(beauty: Path) -> None:
+    import pandas as pd
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    table = pd.read_parquet(beauty / "items.parquet", columns=["title", "categories", "brand"]).fillna("")
+    texts = (table["title"] + " " + table["categories"] + " " + table["brand"]).tolist()
+    vectors = TfidfVectorizer(min_df=3).fit_transform(texts)
+    embeddings = TruncatedSVD(64, n_iter=2, random_state=0).fit_transform(vectors).astype(np.float32)
+    catalog = catalog_of(embeddings)
+    tokenizers: list[Tokenizer] = [ResidualKMeans(iterations=5), RqVae(epochs=2)]
+    for tokenizer in tokenizers:
+        tokenizer.fit(catalog)
+        assert sid_scorecard(tokenizer.encode(catalog), tokenizer.codebook_sizes)["own_share"] == 1

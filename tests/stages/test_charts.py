@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rerankkit.stages import charts
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert charts.ticks(0.0, 1.0, 4) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert charts.ticks(-3.0, 12.0, 4) == [0.0, 5.0, 10.0]
+    assert charts.ticks(2.0, 2.0) == [2.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(width=32)), max_size=400))
+def test_any_numbers_draw_a_figure_inside_its_frame_or_none(points: list[tuple[float, float]]) -> None:
+    figure = charts.line_chart({"a": points}, "t", "y")
+    assert ("nan" in figure or "inf" in figure) is False
+    assert (figure == "") == (not any(math.isfinite(y) for _, y in charts.thin(points)))
+
+
+def test_a_line_breaks_where_numbers_are_missing() -> None:
+    figure = charts.line_chart({"a": [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, 4.0)]}, "t", "y")
+    assert figure.count("<path") == 2
+
+
+def test_means_of_neighbours_keep_every_value_in_the_picture() -> None:
+    thin = charts.thin([(i, float(i)) for i in range(480)])
+    assert len(thin) == 240
+    assert thin[0] == (0.5, 0.5)  # mean of steps 0 and 1
+
+
+def test_labels_are_escaped() -> None:
+    figure = charts.line_chart({"<b>": [(1, 1.0)], "&": [(1, 2.0)]}, "<i>", '"y"', x_label="<x>")
+    whiskers = charts.interval_chart({"<u>": {"<b>": (1.0, 0.0, 2.0), "&": (1.0, 0.0, 2.0)}}, "<i>", "<s>")
+    for tag in ("<b>&", "<i>", "<x>", "<u>", "<s>"):
+        assert tag not in (figure + whiskers).replace("<figcaption><b>", "").replace("<i class", "")
