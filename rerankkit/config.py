@@ -275,7 +275,10 @@ class ChosenPart:
             source = ""
         digest = hashlib.sha256(f"{source} {part!r}".encode()).hexdigest()[:12]
         name = made_by.__qualname__ if made_by.__name__ != "function" else getattr(part, "__qualname__", "function")
-        return cls(PartSpec(kind, name, PluginConfig, lambda config, info: part, "Python", made_by.__module__, digest), PluginConfig())
+        return cls(
+            PartSpec(kind, name, PluginConfig, lambda config, info: part, "Python", made_by.__module__, digest),
+            PluginConfig(),
+        )
 
     def build(self, info: RunInfo) -> Any:
         """The live part."""
@@ -289,7 +292,13 @@ class ChosenPart:
     def provenance(self) -> dict[str, str]:
         """Who made it, for the manifest."""
         spec = self.spec
-        return {"slot": spec.kind, "name": spec.name, "plugin": spec.plugin, "distribution": spec.distribution, "version": spec.version}
+        return {
+            "slot": spec.kind,
+            "name": spec.name,
+            "plugin": spec.plugin,
+            "distribution": spec.distribution,
+            "version": spec.version,
+        }
 
 
 @dataclass(frozen=True)
@@ -364,13 +373,17 @@ def make_config(raw: Mapping[str, Any], plugins: Plugins, where: Where | None = 
     rewards = raw.get("reward", {})
     many = rewards if isinstance(rewards, list) else [rewards]
     paths = [f"reward[{i}]" if isinstance(rewards, list) else "reward" for i in range(len(many))]
-    values["reward"] = tuple(_part("reward", p, block, plugins, where, faults) for p, block in zip(paths, many, strict=True))
+    values["reward"] = tuple(
+        _part("reward", p, block, plugins, where, faults) for p, block in zip(paths, many, strict=True)
+    )
     names = [part.spec.name for part in values["reward"] if part is not None]
     for path, part in zip(paths, values["reward"], strict=True):
         if part is not None and names.count(part.spec.name) > 1:
-            faults.append(f"{where.of(path + '.use')}: {part.spec.name!r} is chosen twice; add their weights up instead.")
+            faults.append(
+                f"{where.of(path + '.use')}: {part.spec.name!r} is chosen twice; add their weights up instead."
+            )
     if not many:
-        faults.append(f"{where.of('reward')}: an empty list; name at least one reward, for example `use = \"gr2\"`.")
+        faults.append(f'{where.of("reward")}: an empty list; name at least one reward, for example `use = "gr2"`.')
     for key, kind, example in (("seed", int, "0"), ("device", str, '"auto"')):
         if key in raw:
             values[key] = raw[key]
@@ -453,9 +466,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"command line: {key}: {'.'.join(path[:i])} is a value and has no keys.")
 
 
-def _variant(
-    name: str, block: Any, variants: Sequence[type[Block]], where: Where, faults: list[str]
-) -> Block | None:
+def _variant(name: str, block: Any, variants: Sequence[type[Block]], where: Where, faults: list[str]) -> Block | None:
     known = {str(model.model_fields["use"].default): model for model in variants}
     chosen = block.get("use", next(iter(known))) if isinstance(block, dict) else None
     if chosen is not None and chosen not in known:
@@ -464,11 +475,9 @@ def _variant(
     return _validate(name, block, known[chosen] if chosen else variants[0], where, faults)
 
 
-def _part(
-    kind: str, path: str, block: Any, plugins: Plugins, where: Where, faults: list[str]
-) -> ChosenPart | None:
+def _part(kind: str, path: str, block: Any, plugins: Plugins, where: Where, faults: list[str]) -> ChosenPart | None:
     if not isinstance(block, dict):
-        faults.append(f"{where.of(path)}: {block!r} is not a block; write [{kind}] with use = \"name\".")
+        faults.append(f'{where.of(path)}: {block!r} is not a block; write [{kind}] with use = "name".')
         return None
     settings = dict(block)
     use, weight = settings.pop("use", _PARTS[kind]), settings.pop("weight", 1.0) if kind == "reward" else 1.0
@@ -520,7 +529,9 @@ def _known_keys(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
     """Field names of the model that lies at `loc` below `model`; union tags and list indices are stepped over."""
     models = [model]
     for part in loc:
-        deeper = [m for one in models if part in one.model_fields for m in _models_in(one.model_fields[str(part)].annotation)]
+        deeper = [
+            m for one in models if part in one.model_fields for m in _models_in(one.model_fields[str(part)].annotation)
+        ]
         tagged = [m for m in models if "use" in m.model_fields and m.model_fields["use"].default == part]
         models = deeper or tagged or models
     return {name for one in models for name in one.model_fields}

@@ -9,17 +9,21 @@ A plugin is a module with one function, announced by one entry point of the grou
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, distributions
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -44,7 +48,9 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 class PluginConfig(BaseModel):
     """Base of every part's settings: frozen, unknown keys refused, the string under a field is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
+    # The strings under fields are read by `describe_settings` when somebody asks: pydantic's own way of reading them,
+    # and building validators at once, would double the time of `rerankkit plugins list`.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 P = TypeVar("P")
@@ -243,16 +249,35 @@ def _one_line(error: BaseException) -> str:
 
 
 def describe_settings(config: type[PluginConfig]) -> list[dict[str, str]]:
-    """name, type, default and documentation of every setting, nested ones by their dotted path."""
+    """name, type, default and documentation (the string under the field) of every setting."""
+    about = _field_documentation(config)
     rows: list[dict[str, str]] = []
     for name, setting in config.model_fields.items():
         required = setting.is_required()
         default = "required" if required else _shown(setting.get_default(call_default_factory=True))
         kind = str(getattr(setting.annotation, "__name__", "")) if isinstance(setting.annotation, type) else ""
         kind = kind or re.sub(r"\b\w+\.", "", str(setting.annotation))
-        about = " ".join((setting.description or "").split())
-        rows.append({"name": name, "type": kind, "default": default, "documentation": about})
+        documentation = setting.description or about.get(name, "")
+        rows.append({"name": name, "type": kind, "default": default, "documentation": documentation})
     return rows
+
+
+def _field_documentation(config: type[PluginConfig]) -> dict[str, str]:
+    """Field -> the string literal under it, in the class or the nearest base that documents it."""
+    found: dict[str, str] = {}
+    for owner in reversed(config.__mro__):
+        if not issubclass(owner, PluginConfig) or owner is PluginConfig:
+            continue
+        try:
+            [tree] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        except (OSError, ValueError, SyntaxError):
+            continue
+        for field_, text in pairwise(getattr(tree, "body", [])):
+            if isinstance(field_, ast.AnnAssign) and isinstance(field_.target, ast.Name) and isinstance(text, ast.Expr):
+                value = getattr(text.value, "value", None)
+                if isinstance(value, str):
+                    found[field_.target.id] = " ".join(value.split())
+    return found
 
 
 def _shown(value: Any) -> str:

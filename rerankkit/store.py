@@ -153,7 +153,9 @@ class RunFolder:
     def _forget_metrics(self, stage: str) -> None:
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _stage_of(line) not in (stage, None)]
+            kept = [
+                line for line in path.read_text(encoding="utf-8").splitlines() if _stage_of(line) not in (stage, None)
+            ]
             write_text(path, "".join(line + "\n" for line in kept))
 
 
@@ -211,7 +213,9 @@ class StageStatus:
 def read_status(path: Path) -> list[StageStatus]:
     """The stages of a run folder, in order. Raises RunFolderError if it is none."""
     if not (path / "config.json").exists():
-        raise RunFolderError(f"{path} is not a run folder: it has no config.json. `rerankkit run CONFIG --out {path}` makes one.")
+        raise RunFolderError(
+            f"{path} is not a run folder: it has no config.json. `rerankkit run CONFIG --out {path}` makes one."
+        )
     logged = {record["stage"]: record.get("step") for record in read_metrics(path)}
     found = []
     for folder in (path / "stages").glob("*-*"):

@@ -47,9 +47,11 @@ class TransformersBackend:
             for start in range(0, len(ids), self.batch_size):
                 batch = [(i, _prompt(policy, requests[i])) for i in ids[start : start + self.batch_size]]
                 fitting = [(i, p) for i, p in batch if room is None or len(p) + self.max_new_tokens <= room]
-                for i, prompt in batch:
-                    if (i, prompt) not in fitting:
-                        yield i, Failure(f"prompt of {len(prompt)} tokens and an answer do not fit {room}")
+                for i, p in batch:
+                    if (i, p) not in fitting:
+                        yield i, Failure(f"a prompt of {len(p)} tokens and its answer do not fit {room}")
+                if not fitting:
+                    continue
                 groups = roll_out(
                     policy,
                     [prompt for _, prompt in fitting],

@@ -17,6 +17,7 @@ from rerankkit.math.advantages import group_advantages
 from rerankkit.math.losses import LossSettings, loss_denominator, mean_stats, overlong_penalty, policy_loss
 from rerankkit.math.metrics import kendall_tau
 from rerankkit.protocols import RewardFn
+from rerankkit.text.prompts import rerank_messages
 from rerankkit.types import Failed, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, StepReport
 
 from rerankkit_gr2.settings import GroupConfig
@@ -112,7 +113,9 @@ class GroupOptimizer:
         policy.model.train()
         for share in shares:
             if len(share) and bool(keep[list(share)].any()):
-                logs.append(self._update(policy, optimizer, [groups[i] for i in share], values[share], keep[share], info))
+                logs.append(
+                    self._update(policy, optimizer, [groups[i] for i in share], values[share], keep[share], info)
+                )
         policy.model.eval()
         if not logs:
             return {"loss": 0.0, "grad_norm": 0.0}
@@ -131,7 +134,11 @@ class GroupOptimizer:
     ) -> dict[str, float]:
         """One optimizer step: gradients of all groups, a few groups a pass, over one common denominator."""
         config = self.config
-        settings = replace(self.loss, constant=float(config.max_new_tokens)) if self.loss.aggregate == "constant" else self.loss
+        settings = (
+            replace(self.loss, constant=float(config.max_new_tokens))
+            if self.loss.aggregate == "constant"
+            else self.loss
+        )
         lengths = [len(rollout.token_ids) for group in groups for rollout, _ in group]
         denominator = loss_denominator(lengths, keep.flatten().tolist(), settings)
         total, stats, entropies, gaps = 0.0, [], [], []
@@ -140,7 +147,10 @@ class GroupOptimizer:
             rollouts = [rollout for group in some for rollout, _ in group]
             tokens = group_logps(
                 policy,
-                [policy.prompt_ids(_messages(policy, group[0][0].example)) for group in some],
+                [
+                    policy.prompt_ids(rerank_messages(group[0][0].example, policy.surface, policy.style))
+                    for group in some
+                ],
                 [[list(rollout.token_ids) for rollout, _ in group] for group in some],
                 temperature=config.temperature,
                 entropies=True,
@@ -164,7 +174,9 @@ class GroupOptimizer:
                 entropies.append(tokens.entropies.mean().item())
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item()
         if not math.isfinite(norm):
-            raise RunFailed(f"optimizer: the gradient is {norm}; lower optimizer.learning_rate ({config.learning_rate}).")
+            raise RunFailed(
+                f"optimizer: the gradient is {norm}; lower optimizer.learning_rate ({config.learning_rate})."
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         means = mean_stats(stats)
@@ -188,12 +200,6 @@ class GroupOptimizer:
     def _counts(self, rollout: Rollout, outcome: Outcome) -> bool:
         """Whether a rollout takes part: judged, and not cut off (overlong filtering)."""
         return isinstance(outcome, Reward) and not (rollout.truncated and self.config.overlong_filtering)
-
-
-def _messages(policy: Policy, example: RerankExample) -> list[dict[str, str]]:
-    from rerankkit.text.prompts import rerank_messages
-
-    return [dict(message) for message in rerank_messages(example, policy.surface, policy.style)]  # type: ignore[arg-type]
 
 
 def _varies(group: Group) -> bool:

@@ -42,6 +42,8 @@ MAX_FIT = 4000
 """Examples that a fold's weights are learned from: seven numbers need no more."""
 SMOOTHING = 5.0
 """How many transitions the base rate of a kind is worth."""
+FILLER = frozenset(["with", "from", "your", "each", "pack", "count", "fluid", "ounce", "ounces"])
+"""Words that no pattern is named by, though sharing them means something."""
 MAX_WORDS = 4
 """Words of a brand or kind that the reasoning repeats."""
 
@@ -274,7 +276,7 @@ def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -
     item = see(request.example.candidates[choice], style)
     brand = _usual([(seen.brand,) for seen in history])
     named = {word for seen in (*history, item) for word in f"{seen.brand} {seen.kind}".lower().split()}
-    word = _usual([[w for w in seen.words if w not in named] for seen in history])
+    word = _usual([[w for w in seen.words if w not in named | FILLER] for seen in history])
     # As the latest title spells it: a small policy copies tokens, and case makes others of them.
     spelled = next((seen.words[word] for seen in reversed(history) if word in seen.words), "")
     band = lessons.band([seen.price for seen in history if seen.price])

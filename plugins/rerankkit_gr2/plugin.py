@@ -116,7 +116,9 @@ def _backend(config: s.FeaturesBackend | s.TransformersBackend | s.OpenAIBackend
         case s.FeaturesBackend():
             return features.FeatureBackend()
         case s.TransformersBackend():
-            return backends.TransformersBackend(config.model, config.gguf_file or None, max_new_tokens=config.max_new_tokens)
+            return backends.TransformersBackend(
+                config.model, config.gguf_file or None, max_new_tokens=config.max_new_tokens
+            )
         case s.OpenAIBackend():
             return backends.OpenAIBackend(
                 config.model,

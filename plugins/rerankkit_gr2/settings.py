@@ -35,7 +35,7 @@ class RqVaeConfig(PluginConfig):
     """Widths of the encoder's hidden layers; the decoder mirrors them."""
     epochs: PositiveInt = 40
     """Passes over the catalogue."""
-    min_steps: NonNegativeInt = 500
+    min_steps: NonNegativeInt = 400
     """A small catalogue gets more passes, until it has made this many batches."""
     batch_size: PositiveInt = 256
     lr: PositiveFloat = 1e-3

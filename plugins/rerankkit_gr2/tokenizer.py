@@ -171,9 +171,7 @@ class RqVae:
     def fit(self, catalog: Catalog) -> None:
         """Train the autoencoder, and give every item its SID."""
         _check(catalog)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self._net = self._new_net(catalog.embeddings.shape[1])
+        self._net = self._new_net(catalog.embeddings.shape[1])
         how = Training(**{each.name: getattr(self, each.name) for each in fields(Training)})
         train(catalog.embeddings, self._net, how)
         self._book = SidBook([], np.empty((0, self.levels), dtype=np.int64))
@@ -210,7 +208,9 @@ class RqVae:
         self._net.load_state_dict(tensors)
 
     def _new_net(self, dimensions: int) -> RqVaeNet:
-        return RqVaeNet(dimensions, self.levels, self.codes, self.latent, self.hidden)
+        with torch.random.fork_rng(devices=[]):  # nobody else's random numbers may depend on whether we fit or load
+            torch.manual_seed(self.seed)
+            return RqVaeNet(dimensions, self.levels, self.codes, self.latent, self.hidden)
 
 
 def _fitted(state: Any) -> Any:

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="See the parts that are installed, and what each can be told.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="See the parts that are installed, and what each can be told.", no_args_is_help=True, rich_markup_mode=None
+)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Files = Annotated[list[str] | None, typer.Option("--file", help="Also load this single-file plugin.")]
 
@@ -49,11 +51,15 @@ def show(
 
     found = load_plugins(file or [])
     kind, _, short = name.rpartition("/")
-    parts = [p for slot in found.register.slots() for p in slot.parts.values() if p.name == short and kind in ("", p.kind)]
+    parts = [
+        p for slot in found.register.slots() for p in slot.parts.values() if p.name == short and kind in ("", p.kind)
+    ]
     if not parts:
         broken = [plugin for plugin in found.loaded if plugin.error and plugin.name == name]
         if broken:
-            raise PluginError(f"plugin {name} ({broken[0].distribution} {broken[0].version}) is broken: {broken[0].error}")
+            raise PluginError(
+                f"plugin {name} ({broken[0].distribution} {broken[0].version}) is broken: {broken[0].error}"
+            )
         names = [part.name for slot in found.register.slots() for part in slot.parts.values()]
         raise PluginError(f"no part is named {name!r}; {did_you_mean(name, names)}")
     shown: list[dict[str, Any]] = []

@@ -63,5 +63,3 @@ def run(
     else:
         print_table(report)
         typer.echo(f"\nreport: {folder / 'report.html'}")
-
-

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerankkit.data.dataset import SPLITS, Dataset, Split
@@ -250,7 +251,7 @@ def from_file(source: str | Path | Mapping[str, str], dataset: Dataset, size: in
                 found = _given(row, split, dataset, size)
                 if found is not None and found[0] in lists:
                     raise ValueError(f"a second list for user {found[0][1][0]!r} at step {found[0][1][1]}")
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # TypeError: None or a list where a number should be
                 problems.append(f"{path}{place}: {error}")
                 continue
             if found is None:
@@ -270,8 +271,11 @@ def _rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix == ".parquet":
-        for number, row in enumerate(pq.read_table(path).to_pylist(), 1):
-            yield f", row {number}", row
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: is not a parquet file that can be read: {error}") from error
+        yield from ((f", row {number}", row) for number, row in enumerate(rows, 1))
     elif path.suffix in (".jsonl", ".json"):
         with path.open(encoding="utf-8") as text:
             for number, line in enumerate(text, 1):
@@ -299,6 +303,8 @@ def _given(
     split = next((known for known in SPLITS if known == name), None)
     if split is None:
         raise ValueError(f"split is {name!r}; {did_you_mean(name, SPLITS)}")
+    if not isinstance(row["candidates"], list):
+        raise ValueError(f"candidates is {row['candidates']!r:.40}; it should be a list of item ids")
     candidates = tuple(as_id(item_id) for item_id in row["candidates"])
     unknown = next((item_id for item_id in candidates if item_id not in dataset.item_rows), None)
     if unknown is not None:

@@ -202,9 +202,8 @@ def _read_hub(source: str, wanted: set[str]) -> _Raw:
         data = load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # datasets raises a dozen kinds; each is the user's to read
         raise DataError(f"{source}: cannot be read from the Hub: {error}") from error
-    found = list(data.column_names)
-    kept = {column: list(data[column]) for column in found if column in wanted}
-    return _Raw(source, "row", kept, list(range(1, len(data) + 1)), found)
+    kept = data.select_columns([column for column in data.column_names if column in wanted])
+    return _from_arrow(source, kept.with_format("arrow")[:], list(data.column_names))
 
 
 def _read_parquet(path: Path, wanted: set[str]) -> _Raw:
@@ -216,6 +215,12 @@ def _read_parquet(path: Path, wanted: set[str]) -> _Raw:
         table = pq.read_table(path, columns=[column for column in found if column in wanted])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: is not a parquet file that can be read: {error}") from error
+    return _from_arrow(str(path), table, found)
+
+
+def _from_arrow(source: str, table: Any, found: list[str]) -> _Raw:
+    import pyarrow as pa
+
     kept: dict[str, list[Any]] = {}
     for column in table.column_names:
         values = table[column]
@@ -224,7 +229,7 @@ def _read_parquet(path: Path, wanted: set[str]) -> _Raw:
             kept[column] = [None if value is None else value / 1e6 for value in micros]  # seconds
         else:
             kept[column] = values.to_pylist()
-    return _Raw(str(path), "row", kept, list(range(1, table.num_rows + 1)), found)
+    return _Raw(source, "row", kept, list(range(1, table.num_rows + 1)), found)
 
 
 def _read_delimited(path: Path, text: TextIO, wanted: set[str], delimiter: str, atomic: bool) -> _Raw:

@@ -38,7 +38,8 @@ def ask(
         temperature=temperature,
         top_p=top_p,
         seeds=[seed_of(info.seed, salt, example.example_id) for example in examples],
-        autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
+        # One token at a time is too little work for bfloat16 to pay on a CPU: it samples at half the speed.
+        autocast=torch.bfloat16 if info.precision == "bfloat16" and policy.device.type != "cpu" else None,
     )
     return [
         as_rollout(policy, example, sample, first_group + number)

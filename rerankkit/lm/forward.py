@@ -196,6 +196,7 @@ def _run(
     if not targets:
         nothing = torch.zeros(0, device=device)
         return TokenLogps(nothing, weight, owner, num_sequences, nothing if entropies else None)
+    policy.check_length(1 + max(max(layout.position_ids, default=0) for layout in layouts))
     length = max(len(layout.token_ids) for layout in layouts)
 
     def table(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -204,10 +205,12 @@ def _run(
     token_ids = table([layout.token_ids for layout in layouts], policy.pad_id)
     position_ids = table([layout.position_ids for layout in layouts], 0)
     keep = block_mask(table([x.blocks for x in layouts], -1), table([x.prefixes for x in layouts], 0))
+    # additive, once: from a boolean mask every layer would make, and keep for its backward pass, a copy of its own
+    bias = torch.zeros(keep.shape, dtype=autocast or policy.model.dtype, device=device).masked_fill_(~keep, -torch.inf)
     places = [row * length + read for row, layout in enumerate(layouts) for read in layout.reads]
     with casting(device, autocast):
         hidden = policy.decoder(
-            input_ids=token_ids, position_ids=position_ids, attention_mask=keep[:, None], use_cache=False
+            input_ids=token_ids, position_ids=position_ids, attention_mask=bias[:, None], use_cache=False
         ).last_hidden_state
         states = hidden.flatten(0, 1)[torch.tensor(places, device=device)]
         logps, spread = token_logps(policy, states, target_ids, temperature, entropies, chunk)

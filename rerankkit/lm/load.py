@@ -38,6 +38,12 @@ PIECES = r" ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+(?: [^\s\p{L}\p{N}]+)*|\s+"
 
 ANSWER_SKELETON = '{"explanation": "A", "recommendations": ["A", "A", "A"]}'
 """Shown to the tokenizer's training once for every text, so that the scaffolding of an answer gets its merges."""
+REASONING_WORDS = (
+    "pattern: taste: next: then: match: best: after A comes A. again A. low price, mid price, high price. "
+    "listed first. "
+    "the user buys bought likes usually brand kind same complement because and of with"
+)
+"""Shown as often: words that short reasoning is made of, so that each of them is one token before any trace exists."""
 
 _AUTO_MODEL: Any = transformers.AutoModelForCausalLM
 ARCHITECTURES: dict[str, Any] = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
@@ -249,3 +255,4 @@ def _with_skeleton(corpus: Iterable[str]) -> Iterator[str]:
     for text in corpus:
         yield text
         yield ANSWER_SKELETON
+        yield REASONING_WORDS

@@ -87,6 +87,15 @@ class Policy:
         extra = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
         return frozenset([self.end_id, self.eos_id, *extra])
 
+    def check_length(self, num_tokens: int) -> None:
+        """Raise UsageError if a sequence is longer than the model was made for: rotary positions fail silently."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and num_tokens > limit:
+            raise UsageError(
+                f"policy: a sequence of {num_tokens} tokens, but {self.model.config.model_type} has {limit} positions; "
+                "shorten histories, titles or answers, or make the policy with more positions."
+            )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] to logits [..., V], as the model's own forward makes them."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
@@ -110,7 +119,7 @@ class Policy:
         text: str = self.text_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """The conversation in the model's chat template, up to where the assistant starts to write."""
         return self.encode(self._render(messages, add_generation_prompt=True))
 
@@ -200,7 +209,7 @@ class Policy:
             codebook_sizes=about["codebook_sizes"],
         )
 
-    def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool) -> str:
         text: str = self.text_tokenizer.apply_chat_template(
             [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
         )

@@ -49,12 +49,14 @@ def roll_out(
 
     Sample g of prompt p draws from its own stream, made from (seeds[p], g): it does not depend on the other prompts,
     on `max_rows`, or on `max_new_tokens` beyond its own length (up to rounding of the logits, which a token's chance
-    of changing is proportional to). Raises ValueError for an empty prompt or settings out of range.
+    of changing is proportional to). Raises ValueError for an empty prompt or settings out of range, UsageError
+    if a sample might outgrow the model's positions.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if temperature < 0 or not 0 < top_p <= 1 or group_size < 1 or max_new_tokens < 1:
         raise ValueError(f"{temperature=} must be >= 0, 0 < {top_p=} <= 1, {group_size=} and {max_new_tokens=} >= 1")
+    policy.check_length(max(map(len, prompts), default=0) + max_new_tokens)
     training = policy.model.training
     policy.model.eval()
     groups: list[list[Sample]] = [[] for _ in prompts]

@@ -42,7 +42,7 @@ def document_sequence(policy: Policy, document: Document) -> TrainSequence:
 
 def trace_sequence(
     policy: Policy,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, object]],
     reasoning_part: str,
     ranking_part: str,
     reasoning_weight: float,

@@ -53,9 +53,16 @@ def report_run(
         teacher={
             "traces kept": len(written.kept),
             "asks without a trace": len(written.failures),
-            "acceptance": [{"position": a["position"], "asked": a["asked"], "accepted": a["kept"]} for a in written.acceptance],
+            "acceptance": [
+                {"position": a["position"], "asked": a["asked"], "accepted": a["kept"]} for a in written.acceptance
+            ],
         },
-        manifest={"parts": record["parts"], "seed": config.seed, "versions": record["versions"], "fingerprints": folder.fingerprints},
+        manifest={
+            "parts": record["parts"],
+            "seed": config.seed,
+            "versions": record["versions"],
+            "fingerprints": folder.fingerprints,
+        },
     )
     if folder.hooks is not None:
         sections = [section for section in folder.hooks.rerankkit_report(report=report) if section]

@@ -41,7 +41,9 @@ def world_dataset(config: WorldData) -> Dataset:
     from rerankkit.data.world import make_world
 
     world = make_world(num_users=config.num_users, seed=config.world_seed)
-    rows = pd.DataFrame([(i.user_id, i.item_id, i.timestamp) for i in world.interactions], columns=["user_id", "item_id", "timestamp"])
+    rows = pd.DataFrame(
+        [(i.user_id, i.item_id, i.timestamp) for i in world.interactions], columns=["user_id", "item_id", "timestamp"]
+    )
     rows["rating"] = float("nan")
     items = pd.DataFrame(
         [(i.item_id, i.title, list(i.categories), "", i.brand, i.price) for i in world.items],
@@ -73,15 +75,19 @@ def source_digests(*configs: object) -> dict[str, str]:
 
 def _in_folder(folder: str, stem: str, atomic: str) -> str:
     if not folder:
-        raise DataError(f"data: say where the {stem} are: data.folder = \"...\" or data.{stem} = \"...\".")
+        raise DataError(f'data: say where the {stem} are: data.folder = "..." or data.{stem} = "...".')
     if not Path(folder).is_dir():
         raise DataError(f"data.folder: {folder!r} is not a folder (relative paths start at the current directory).")
-    found = [p for p in sorted(Path(folder).iterdir()) if p.name.startswith(stem + ".") and p.name.endswith(TABLE_KINDS)]
+    found = [
+        p for p in sorted(Path(folder).iterdir()) if p.name.startswith(stem + ".") and p.name.endswith(TABLE_KINDS)
+    ]
     found += sorted(Path(folder).glob(f"*{atomic}"))
     if len(found) != 1:
         seen = ", ".join(path.name for path in found) or ", ".join(sorted(p.name for p in Path(folder).iterdir())[:10])
         problem = "several" if found else "no"
-        raise DataError(f"data.folder: {folder} holds {problem} {stem}.* or *{atomic} (found: {seen}); name one with data.{stem}.")
+        raise DataError(
+            f"data.folder: {folder} holds {problem} {stem}.* or *{atomic} (found: {seen}); name one with data.{stem}."
+        )
     return str(found[0])
 
 
@@ -90,5 +96,3 @@ def _sha256(path: Path) -> str:
         raise DataError(f"data: {str(path)!r} is not a file (relative paths start at the current directory).")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 
 def midtrain(
-    config: Midtrain, base: ScratchPolicy | PretrainedPolicy, dataset: Dataset, sids: SidMap, held_out: int, *, info: RunInfo
+    config: Midtrain,
+    base: ScratchPolicy | PretrainedPolicy,
+    dataset: Dataset,
+    sids: SidMap,
+    held_out: int,
+    *,
+    info: RunInfo,
 ) -> Policy:
     """Open or make the base model, teach it the SID vocabulary, and train it on the task mix.
 
@@ -97,7 +103,9 @@ class TaskDrawer:
         size = 0
         while size < num_tokens:
             task = dice.choices(list(self.tasks), list(self.tasks.values()))[0]
-            sequence = self._listing(dice) if task == "listing" else document_sequence(self.policy, self._document(task, dice))
+            sequence = (
+                self._listing(dice) if task == "listing" else document_sequence(self.policy, self._document(task, dice))
+            )
             sequences.append(sequence)
             size += len(sequence)
         return sequences
@@ -123,7 +131,9 @@ class TaskDrawer:
         end = dice.randint(1, len(history) - 1)
         target = history[end]
         seen = {item.item_id for item in history[: end + 1]}
-        others = [item for item in dice.sample(self.items, min(len(self.items), 9 + len(seen))) if item.item_id not in seen]
+        others = [
+            item for item in dice.sample(self.items, min(len(self.items), 9 + len(seen))) if item.item_id not in seen
+        ]
         candidates = [target, *others[:9]]
         dice.shuffle(candidates)
         first = candidates.index(target)

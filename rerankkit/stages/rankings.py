@@ -90,7 +90,13 @@ def generate(
     from rerankkit.lm import ask
 
     rollouts = ask(
-        policy, examples, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0, info=info, salt="evaluate"
+        policy,
+        examples,
+        group_size=1,
+        max_new_tokens=config.max_new_tokens,
+        temperature=0.0,
+        info=info,
+        salt="evaluate",
     )
     return [(rollout.ranking, rollout.reasoning) for rollout in rollouts]
 

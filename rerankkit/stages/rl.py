@@ -37,7 +37,9 @@ def reinforce(
     """
     examples = lists.examples(sids.attach(dataset.items), "train", only_with_target=True)
     if not examples:
-        raise RunFailed("optimizer: no training list holds its target; widen candidates.size or candidates.earlier_steps.")
+        raise RunFailed(
+            "optimizer: no training list holds its target; widen candidates.size or candidates.earlier_steps."
+        )
     for report in optimizer.optimize(policy, examples, combine(rewards), info):
         info.log({"step": report.step, **report.metrics})
         watch(report)

@@ -33,7 +33,9 @@ class SidMap:
         """item_id -> the item with its SID. Raises DataError for an item that was never given one."""
         unknown = [item.item_id for item in items if item.item_id not in self.sids]
         if unknown:
-            raise DataError(f"{len(unknown)} items have no SID, the first of them {unknown[0]!r}; run the sids stage again.")
+            raise DataError(
+                f"{len(unknown)} items have no SID, the first of them {unknown[0]!r}; run the sids stage again."
+            )
         return {item.item_id: replace(item, sid=self.sids[item.item_id]) for item in items}
 
     def items_of(self, sid: Sid) -> list[str]:

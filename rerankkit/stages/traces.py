@@ -59,7 +59,8 @@ def write_traces(teacher: Teacher, dataset: Dataset, sids: SidMap, lists: Candid
             with store.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
     ordered = [
-        answers.get(example.example_id, TraceFailure(example.example_id, "the teacher gave no answer")) for example in examples
+        answers.get(example.example_id, TraceFailure(example.example_id, "the teacher gave no answer"))
+        for example in examples
     ]
     kept = tuple(answer for answer in ordered if isinstance(answer, Trace))
     failures = tuple(answer for answer in ordered if isinstance(answer, TraceFailure))

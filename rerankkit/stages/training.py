@@ -13,8 +13,8 @@ from rerankkit.types import RunInfo
 if TYPE_CHECKING:
     from rerankkit.lm import Policy, TrainSequence
 
-ROW_TOKENS = 512
-"""Sequences are packed into rows of this many tokens: attention grows with the square of a row."""
+ROW_TOKENS = 256
+"""Sequences are packed into rows of this many tokens, a longer one alone: attention grows with the square of a row."""
 FORWARD_TOKENS = 8192
 """Tokens in one forward and backward pass; a larger batch accumulates gradients."""
 
@@ -69,7 +69,9 @@ def train(
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), schedule.max_grad_norm).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise RunFailed(f"{what}: the loss is {loss} at step {step}; lower the learning rate ({schedule.learning_rate}).")
+            raise RunFailed(
+                f"{what}: the loss is {loss} at step {step}; lower the learning rate ({schedule.learning_rate})."
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.monotonic() - started

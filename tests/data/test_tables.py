@@ -94,7 +94,9 @@ def test_bad_bytes_bad_json_and_strangers_are_single_bad_rows(tmp_path: Path) ->
 def test_python_literal_lines_are_read_and_never_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     evil = f"{{'asin': __import__('pathlib').Path({str(marker)!r}).touch(), 'title': 'x'}}"
-    path = write(tmp_path / "meta.json", "{'asin': 'B1', 'title': 'It\\'s', 'categories': [['A', 'B'], ['C']]}\n" + evil)
+    path = write(
+        tmp_path / "meta.json", "{'asin': 'B1', 'title': 'It\\'s', 'categories': [['A', 'B'], ['C']]}\n" + evil
+    )
     frame, bad = read_items(path, on_bad_row="skip")
     assert frame["title"].tolist() == ["It's"]
     assert frame["categories"].tolist() == [["A", "B"]]
@@ -113,7 +115,14 @@ def test_python_literal_lines_are_read_and_never_run(tmp_path: Path) -> None:
             ("B1", "Soap", ["Beauty", "Bath"], "X", 12.99),
         ),
         (  # 2023
-            {"parent_asin": "B1", "title": "Soap", "price": None, "store": "X", "categories": [], "main_category": "All"},
+            {
+                "parent_asin": "B1",
+                "title": "Soap",
+                "price": None,
+                "store": "X",
+                "categories": [],
+                "main_category": "All",
+            },
             ("B1", "Soap", ["All"], "X", None),
         ),
     ],
@@ -131,7 +140,9 @@ def test_amazon_2023_reviews_are_keyed_by_the_parent(tmp_path: Path) -> None:
 
 
 def test_an_item_without_title_is_named_by_what_is_known_and_never_by_its_id(tmp_path: Path) -> None:
-    text = "item_id\ttitle\tkeywords\tbrand\tcategories\n1\t\thunting cart\t\t\n2\t2\t\tAcme\tA > B > C | D\n3\t\t\t\t\n"
+    text = (
+        "item_id\ttitle\tkeywords\tbrand\tcategories\n1\t\thunting cart\t\t\n2\t2\t\tAcme\tA > B > C | D\n3\t\t\t\t\n"
+    )
     frame, _ = read_items(write(tmp_path / "i.tsv", text))
     assert frame["title"].tolist() == ["hunting cart", "Acme B C", "untitled"]
     assert frame["titled"].tolist() == [False, False, False]
@@ -158,6 +169,25 @@ def test_a_missing_column_names_what_was_found_tried_and_what_to_do(tmp_path: Pa
 def test_empty_and_unknown_files_are_refused(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(DataError):
         read_interactions(write(tmp_path / name, text))
+
+
+def test_hub_names_are_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"user": [1, 2], "asin": ["a", None], "ts": [1, 2], "note": ["x", "y"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    frame, bad = read_interactions("hf://who/what:small:test", on_bad_row="skip")
+    assert frame.loc[0, ["user_id", "item_id", "timestamp"]].tolist() == ["1", "a", 1.0]
+    assert bad.first[0].startswith("hf://who/what:small:test, row 2: no item_id")
+    with pytest.raises(DataError, match="hf://owner/name"):
+        read_interactions("hf://what")
+    read_interactions("hf://who/what", on_bad_row="skip")
+    assert asked == [("who/what", "small", "test"), ("who/what", None, "train")]
 
 
 def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -207,14 +237,20 @@ def test_category_paths(value: object, expected: list[str]) -> None:
 
 
 def test_ids_of_numbers() -> None:
-    assert [as_id(value) for value in (7, 7.0, "7", " 7 ", "007", float("nan"), None, "")] == ["7"] * 4 + ["007"] + [""] * 3
+    assert [as_id(value) for value in (7, 7.0, "7", " 7 ", "007", float("nan"), None, "")] == ["7"] * 4 + ["007"] + [
+        ""
+    ] * 3
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_after_a_header_are_rows_bad_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, junk: bytes) -> None:
+def test_any_bytes_after_a_header_are_rows_bad_rows_or_a_data_error(
+    tmp_path_factory: pytest.TempPathFactory, junk: bytes
+) -> None:
     folder = tmp_path_factory.mktemp("junk")
     for name in ("a.csv", "a.tsv", "a.jsonl", "a.inter"):
-        start = b'{"user_id":"u","item_id":"i","timestamp":1}\n' if name == "a.jsonl" else b"user_id\titem_id\ttimestamp\n"
+        start = (
+            b'{"user_id":"u","item_id":"i","timestamp":1}\n' if name == "a.jsonl" else b"user_id\titem_id\ttimestamp\n"
+        )
         (folder / name).write_bytes((start if name != "a.csv" else start.replace(b"\t", b",")) + junk)
         try:
             frame, bad = read_interactions(folder / name, on_bad_row="skip")

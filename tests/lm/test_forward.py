@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rerankkit.lm import Policy, TrainSequence, group_logps, packed_logps
+from rerankkit.errors import UsageError
+from rerankkit.lm import Policy, TrainSequence, group_logps, packed_logps, roll_out
 from rerankkit.lm.forward import block_mask
 
 
@@ -134,6 +135,16 @@ def test_nothing_to_predict_is_nothing(tiny) -> None:
 def test_an_empty_prompt_is_refused(tiny) -> None:
     with pytest.raises(ValueError, match="empty prompt"):
         group_logps(tiny, [[]], [[[1]]])
+
+
+def test_sequences_longer_than_the_model_are_refused(make) -> None:
+    policy = make(max_positions=8)
+    fits = packed_logps(policy, [[TrainSequence((1,) * 8, (1.0,) * 8)] * 3])  # 24 in the row, 8 in each
+    assert fits.logps.shape == (21,)
+    with pytest.raises(UsageError, match="a sequence of 9 tokens, but llama has 8 positions"):
+        packed_logps(policy, [[TrainSequence((1,) * 9, (1.0,) * 9)]])
+    with pytest.raises(UsageError, match="a sequence of 9 tokens"):
+        roll_out(policy, [[1] * 5], 1, max_new_tokens=4, temperature=1.0, seeds=[0])
 
 
 def test_the_mask_by_hand() -> None:

@@ -102,7 +102,7 @@ def test_new_items_take_free_codes_and_change_nobody(make: Make, tmp_path: Path)
 
 
 @both
-def test_seeded_and_without_side_effects(make: Make) -> None:
+def test_seeded_and_without_side_effects(make: Make, tmp_path: Path) -> None:
     embeddings = clusters(60)
     embeddings.flags.writeable = False  # as Arrow hands them out
     state = torch.random.get_rng_state()
@@ -113,6 +113,8 @@ def test_seeded_and_without_side_effects(make: Make) -> None:
     torch.random.set_rng_state(state)
     assert np.array_equal(first.encode(catalog_of(embeddings)), second.encode(catalog_of(embeddings)))
     first.fit(catalog_of(embeddings))
+    first.save(tmp_path)
+    second.load(tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert np.array_equal(embeddings, clusters(60))
 
@@ -169,7 +171,7 @@ def test_kmeans_by_hand() -> None:
 def test_empty_codes_move_to_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerankkit_gr2.kmeans, "_spread_seeds", lambda points, num_codes, rng: points[[0] * num_codes])
     points = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    codebook = fit_kmeans(points, 8, 20, np.random.default_rng(0))
+    codebook = fit_kmeans(points, 8, 3, np.random.default_rng(0))
     assert len(set(nearest_codes(points, codebook).tolist())) == 8
 
 
@@ -271,7 +273,7 @@ def test_training_lowers_the_reconstruction_error(ema: bool) -> None:
         sids = torch.from_numpy(tokenizer.encode(catalog_of(embeddings)))
         return float(np.square(tokenizer._net.reconstruct(sids).numpy() - embeddings).mean())
 
-    assert error(300) < 0.6 * error(2)
+    assert error(150) < 0.6 * error(2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""The same pipeline, composed in Python: swap one part, keep the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rerankkit.config import ChosenPart, load_config, make_config
+from rerankkit.plugins import load_plugins
+from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
+from rerankkit.run import run
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A run in the making. Parts given here take the place of the config's; everything else comes from `config`.
+
+        Pipeline(config="examples/configs/quickstart.toml", reward=MyReward()).run("runs/mine")
+
+    A part's source and `repr` mark its stage: change either, and the stage is done again. A dataclass has a `repr`
+    that tells its settings; give other classes one.
+    """
+
+    tokenizer: Tokenizer | None = None
+    teacher: Teacher | None = None
+    reward: RewardFn | None = None
+    optimizer: PolicyOptimizer | None = None
+    config: str | Path | Mapping[str, Any] = field(default_factory=dict)
+    """A config file, or its blocks as a mapping; empty is the shipped world with default settings."""
+    overrides: Sequence[str] = ()
+    """`a.b=c` settings over a config file's."""
+
+    def run(self, out: str | Path, *, until: str = "", progress: bool = True) -> dict[str, Any]:
+        """Run into the folder `out` (again: continue) and return the report: `report.json` as a dict.
+
+        Raises what `rerankkit run` would exit with: UsageError and its kinds, or RunFailed.
+        """
+        from rerankkit.cli.console import progress_bar, stage_line
+        from rerankkit.system import prepare
+
+        if isinstance(self.config, Mapping):
+            raw, where = dict(self.config), None
+        else:
+            raw, where = load_config(self.config, self.overrides)
+        plugins = load_plugins(raw.get("plugin_files", []))
+        resolved = make_config(raw, plugins, where)
+        for kind in ("tokenizer", "teacher", "optimizer"):
+            if getattr(self, kind) is not None:
+                resolved = replace(resolved, **{kind: ChosenPart.given(kind, getattr(self, kind))})
+        if self.reward is not None:
+            resolved = replace(resolved, reward=(ChosenPart.given("reward", self.reward),))
+        with progress_bar() as bar, prepare(resolved, Path(out)) as (device, track):
+            shown = {"progress": bar, "announce": _announce(stage_line)} if progress else {}
+            return run(resolved, Path(out), device=device, track=track, hooks=plugins.hooks, until=until, **shown)
+
+
+def _announce(line: Any) -> Any:
+    return lambda stage, state, seconds: line(stage, state, seconds if state == "done" else None)
