@@ -54,7 +54,7 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Catalog", "ConfigError", "DataError", "Failed", "Interaction", "Item", "NotApplicable", "Outcome", "Parse",
     "Pipeline", "PluginConfig", "PluginError", "PolicyOptimizer", "Ranking", "Register", "RerankExample",
     "RerankkitError", "Reward", "RewardFn", "Rollout", "RunFailed", "RunFolderError", "RunInfo", "Sid", "SidSurface",

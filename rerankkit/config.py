@@ -11,16 +11,26 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from rerankkit.errors import ConfigError, did_you_mean
+from rerankkit.errors import ConfigError, PluginError, did_you_mean
 from rerankkit.plugins import PartSpec, PluginConfig, Plugins
 from rerankkit.types import RunInfo
 
@@ -29,6 +39,8 @@ Block = PluginConfig
 
 
 class Embeddings(Block):
+    """Item vectors, for SID tokenizers."""
+
     use: Literal["tfidf", "sentence-transformers", "file"] = "tfidf"
     """Where item vectors come from. `tfidf` needs no download: TF-IDF of the item texts, reduced by SVD."""
     model: str = ""
@@ -43,6 +55,7 @@ class _Data(Block):
     max_history: PositiveInt = 20
     """Histories in candidate lists are cut to this many latest items."""
     embeddings: Embeddings = Field(default_factory=Embeddings)
+    """Item vectors, for SID tokenizers."""
 
 
 class WorldData(_Data):
@@ -131,8 +144,16 @@ class FileLists(_Lists):
     test: str = ""
     """The same for test."""
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not (self.train and self.test):
+            raise ValueError("lists from files need both train and test")
+        return self
+
 
 class Prompt(Block):
+    """How histories and candidates are put to the policy."""
+
     fields: tuple[Literal["title", "categories", "brand", "price"], ...] = ("title", "categories")
     """What the policy reads about an item, beside its SID."""
     max_title_words: PositiveInt = 12
@@ -147,6 +168,7 @@ class Prompt(Block):
 
 class _Policy(Block):
     prompt: Prompt = Field(default_factory=Prompt)
+    """How histories and candidates are put to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` trains under autocast; weights stay float32."""
     threads: PositiveInt | None = None
@@ -158,16 +180,29 @@ class ScratchPolicy(_Policy):
 
     use: Literal["scratch"] = "scratch"
     architecture: Literal["llama", "qwen3"] = "llama"
+    """The family whose design it has."""
     hidden_size: PositiveInt = 128
+    """Width of a token's state; a multiple of `num_heads`, and an even one, as positions are rotations of pairs."""
     num_layers: PositiveInt = 4
+    """Transformer blocks."""
     num_heads: PositiveInt = 4
+    """Attention heads; a multiple of `num_kv_heads`."""
     num_kv_heads: PositiveInt = 4
+    """Heads of keys and values: fewer than `num_heads` make a smaller cache."""
     intermediate_size: PositiveInt = 320
+    """Width of the feed-forward layers."""
     vocab_size: PositiveInt = 1500
     """Text tokens at most; SID tokens come on top."""
     max_positions: PositiveInt = 1024
     """Longest sequence, in tokens."""
     tie_embeddings: bool = True
+    """Read and write tokens with one table."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads) or self.num_heads % self.num_kv_heads:
+            raise ValueError("hidden_size must be a multiple of 2 * num_heads, and num_heads one of num_kv_heads")
+        return self
 
 
 class PretrainedPolicy(_Policy):
@@ -185,17 +220,17 @@ class TaskMix(Block):
 
     sequence: NonNegativeFloat = 0.5
     """History of SIDs -> the next SID."""
-    caption: NonNegativeFloat = 0.15
+    caption: NonNegativeFloat = 0.2
     """SID -> title, categories and whatever the prompt shows."""
-    persona: NonNegativeFloat = 0.2
+    persona: NonNegativeFloat = 0.25
     """A history told in SIDs and words."""
     language: NonNegativeFloat = 0.05
     """Plain text, to keep the base's abilities."""
-    listing: NonNegativeFloat = 0.1
-    """Ours, not the paper's: read a shuffled candidate list back in the answer format."""
 
 
 class Midtrain(Block):
+    """Mid-training: what SIDs mean, and how they follow one another."""
+
     steps: NonNegativeInt = 300
     """Optimizer steps; 0 leaves the policy as it is."""
     tokens_per_step: PositiveInt = 4096
@@ -203,14 +238,20 @@ class Midtrain(Block):
     learning_rate: PositiveFloat = 2e-3
     """Peak; linear warm-up, then cosine decay to a tenth."""
     warmup_steps: NonNegativeInt = 20
+    """Steps until the learning rate is at its peak."""
     weight_decay: NonNegativeFloat = 0.01
+    """AdamW's, decoupled from the gradient."""
     max_grad_norm: PositiveFloat = 1.0
+    """Longer gradients are scaled down to this length."""
     mix: TaskMix = Field(default_factory=TaskMix)
+    """Shares of the tasks."""
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints."""
 
 
 class Sft(Block):
+    """Supervised fine-tuning on the teacher's traces."""
+
     epochs: PositiveInt = 3
     """Passes over the traces."""
     tokens_per_step: PositiveInt = 4096
@@ -218,8 +259,11 @@ class Sft(Block):
     learning_rate: PositiveFloat = 1e-3
     """Peak; linear warm-up, then cosine decay to a tenth."""
     warmup_steps: NonNegativeInt = 10
+    """Steps until the learning rate is at its peak."""
     weight_decay: NonNegativeFloat = 0.01
+    """AdamW's, decoupled from the gradient."""
     max_grad_norm: PositiveFloat = 1.0
+    """Longer gradients are scaled down to this length."""
     reasoning_weight: NonNegativeFloat = 0.5
     """Loss weight of reasoning tokens (GR2's lambda_r; its value is not known, this one is ours)."""
     ranking_weight: NonNegativeFloat = 1.0
@@ -227,23 +271,24 @@ class Sft(Block):
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints."""
 
+    @model_validator(mode="after")
+    def _weighted(self) -> Self:
+        if not (self.reasoning_weight or self.ranking_weight):
+            raise ValueError("reasoning_weight and ranking_weight are both 0: there is nothing to learn")
+        return self
+
 
 class Evaluate(Block):
+    """How test users' lists are answered and measured."""
+
     max_new_tokens: PositiveInt = 256
     """Longest answer; a longer one is cut and counted as invalid."""
+    constrain: bool = True
+    """Decode answers under the permutation mask: reasoning stays free, every answer is a complete permutation."""
     batch_size: PositiveInt = 64
     """Prompts answered at once."""
     bootstrap_samples: PositiveInt = 10_000
     """Resamplings behind each paired 95% interval."""
-
-
-class PartBlock(BaseModel):
-    """A part's block: its name, and whatever settings its plugin takes (checked in phase two)."""
-
-    use: str
-    weight: float = 1.0
-    """Rewards only: its share in the weighted sum."""
-    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 _VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
@@ -267,18 +312,21 @@ class ChosenPart:
 
     @classmethod
     def given(cls, kind: str, part: Any) -> ChosenPart:
-        """A live part, composed in Python; its class, its source and its fields stand in for settings."""
-        made_by = type(part)
+        """A live part, composed in Python; its source, and its `repr` or fields, stand in for settings."""
+        is_function = inspect.isfunction(part)  # whose repr is an address, new in every process
+        made_by = part if is_function else type(part)
         try:
             source = inspect.getsource(made_by)
         except (OSError, TypeError):
             source = ""
-        digest = hashlib.sha256(f"{source} {part!r}".encode()).hexdigest()[:12]
-        name = made_by.__qualname__ if made_by.__name__ != "function" else getattr(part, "__qualname__", "function")
-        return cls(
-            PartSpec(kind, name, PluginConfig, lambda config, info: part, "Python", made_by.__module__, digest),
-            PluginConfig(),
+        described = made_by.__qualname__ if is_function else repr(part)
+        if made_by.__repr__ is object.__repr__:  # which is an address, too
+            described = repr(vars(part))
+        digest = hashlib.sha256(f"{source} {described}".encode()).hexdigest()[:12]
+        spec = PartSpec(
+            kind, made_by.__qualname__, PluginConfig, lambda config, info: part, "Python", made_by.__module__, digest
         )
+        return cls(spec, PluginConfig())
 
     def build(self, info: RunInfo) -> Any:
         """The live part."""
@@ -338,7 +386,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     """Read a TOML or JSON config and lay `a.b=c` overrides over it. Raises ConfigError; checks no key yet."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = error.strerror
         hint = "name a config file, for example examples/configs/quickstart.toml"
@@ -347,7 +395,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
     try:
         raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a {type(raw).__name__}; a config is a table of blocks.")
@@ -361,7 +409,7 @@ def make_config(raw: Mapping[str, Any], plugins: Plugins, where: Where | None = 
     where = where or Where("config", "", ())
     faults: list[str] = []
     values: dict[str, Any] = {}
-    for key in raw:
+    for key in map(str, raw):
         if key not in _TOP:
             faults.append(f"{where.of(key)}: no such block; {did_you_mean(key, _TOP)}")
     for name, variants in _VARIANTS.items():
@@ -384,19 +432,23 @@ def make_config(raw: Mapping[str, Any], plugins: Plugins, where: Where | None = 
             )
     if not many:
         faults.append(f'{where.of("reward")}: an empty list; name at least one reward, for example `use = "gr2"`.')
-    for key, kind, example in (("seed", int, "0"), ("device", str, '"auto"')):
-        if key in raw:
-            values[key] = raw[key]
-            if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
-                faults.append(f"{where.of(key)}: {raw[key]!r} is not {kind.__name__}; for example {example}.")
+    values["seed"], values["device"] = raw.get("seed", 0), raw.get("device", "auto")
+    if type(values["seed"]) is not int or not 0 <= values["seed"] < 2**32:
+        faults.append(f"{where.of('seed')}: {values['seed']!r} is not a whole number from 0 to {2**32 - 1}.")
+    if not isinstance(values["device"], str):
+        faults.append(f'{where.of("device")}: {values["device"]!r} is not a string; for example "auto".')
     for key in ("plugin_files", "trackers"):
-        given = raw.get(key, ())
-        if isinstance(given, str) or not all(isinstance(entry, str) for entry in given):
-            faults.append(f"{where.of(key)}: {given!r} is not a list of strings.")
-        values[key] = tuple(given)
+        values[key] = strings_in(raw.get(key))
+        if key in raw and (not isinstance(raw[key], list | tuple) or len(values[key]) < len(raw[key])):
+            faults.append(f"{where.of(key)}: {raw[key]!r} is not a list of strings.")
     if faults:
         raise ConfigError("\n".join(faults))
     return RunConfig(**values)
+
+
+def strings_in(value: Any) -> tuple[str, ...]:
+    """The strings of a list that nobody has checked yet, `raw["plugin_files"]` say."""
+    return tuple(entry for entry in value if isinstance(entry, str)) if isinstance(value, list | tuple) else ()
 
 
 @dataclass(frozen=True)
@@ -408,9 +460,10 @@ class Where:
     overrides: tuple[str, ...]
 
     def of(self, key: str) -> str:
-        for override in self.overrides:
-            if override.split("=", 1)[0].strip() in (key, re.sub(r"\[(\d+)\]", r".\1", key)):
-                return f"command line: {key}"
+        """The key as the user knows it, and where it stands."""
+        dotted = re.sub(r"\[(\d+)\]", r".\1", key) + "."
+        if any(dotted.startswith(override.split("=", 1)[0].strip() + ".") for override in self.overrides):
+            return f"command line: {key}"
         line = _line_of(self.text, key)
         return f"{self.source}:{line}: {key}" if line else f"{self.source}: {key}"
 
@@ -419,15 +472,19 @@ def _line_of(text: str, key: str) -> int:
     """The line of a dotted key in TOML text, or 0. Follows table headers; inline tables count as their key's line."""
     wanted = [part for part in re.split(r"[.\[\]]+", key) if part]
     header: list[str] = []
-    counts: dict[str, int] = {}
+    counts: dict[tuple[str, ...], int] = {}
     best = (0, 0)
     for number, line in enumerate(text.splitlines(), 1):
         table = re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line)
         if table and "=" not in line.split("]", 1)[0]:
-            header = [part.strip(" \"'") for part in table.group(2).split(".")]
-            if table.group(1) == "[[":
-                counts[table.group(2)] = counts.get(table.group(2), -1) + 1
-                header = [*header, str(counts[table.group(2)])]
+            header = []
+            names = [part.strip(" \"'") for part in table.group(2).split(".")]
+            for place, name in enumerate(names, 1):
+                header.append(name)
+                if table.group(1) == "[[" and place == len(names):
+                    counts[tuple(header)] = counts.get(tuple(header), -1) + 1
+                if tuple(header) in counts:  # the header of a list's entry: `[reward.backend]` is in the latest one
+                    header.append(str(counts[tuple(header)]))
             path = header
         else:
             entry = re.match(r"\s*([\w.\"'-]+)\s*=", line)
@@ -446,7 +503,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"command line: {override!r} is not an override; write it as block.key=value.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value
     here: Any = raw
     for i, part in enumerate(path):
@@ -469,10 +526,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
 def _variant(name: str, block: Any, variants: Sequence[type[Block]], where: Where, faults: list[str]) -> Block | None:
     known = {str(model.model_fields["use"].default): model for model in variants}
     chosen = block.get("use", next(iter(known))) if isinstance(block, dict) else None
-    if chosen is not None and chosen not in known:
+    if chosen is not None and str(chosen) not in known:
         faults.append(f"{where.of(name + '.use')}: nothing is named {chosen!r}; {did_you_mean(str(chosen), known)}")
         return None
-    return _validate(name, block, known[chosen] if chosen else variants[0], where, faults)
+    return _validate(name, block, known[str(chosen)] if chosen is not None else variants[0], where, faults)
 
 
 def _part(kind: str, path: str, block: Any, plugins: Plugins, where: Where, faults: list[str]) -> ChosenPart | None:
@@ -481,37 +538,62 @@ def _part(kind: str, path: str, block: Any, plugins: Plugins, where: Where, faul
         return None
     settings = dict(block)
     use, weight = settings.pop("use", _PARTS[kind]), settings.pop("weight", 1.0) if kind == "reward" else 1.0
-    if not isinstance(weight, int | float) or isinstance(weight, bool):
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) < math.inf:
         faults.append(f"{where.of(path + '.weight')}: {weight!r} is not a number; for example 0.5.")
         weight = 1.0
     try:
         spec = plugins.part(kind, str(use), where.of(f"{path}.use"))
-    except Exception as error:
+    except PluginError as error:
         faults.append(str(error))
         return None
-    config = _validate(path, settings, spec.config, where, faults)
+    try:
+        config = _validate(path, settings, spec.config, where, faults)
+    except Exception as error:  # a class that pydantic cannot use, or a validator that breaks
+        raise PluginError(f"plugin {spec.plugin}: the settings of {kind} {spec.name!r} are broken: {error}") from error
     return ChosenPart(spec, config, float(weight)) if config is not None else None
 
 
-def _validate(path: str, block: Any, model: type[Block], where: Where, faults: list[str]) -> Any:
+B = TypeVar("B", bound=Block)
+
+
+def _validate(path: str, block: Any, model: type[B], where: Where, faults: list[str]) -> B | None:
     if not isinstance(block, dict):
-        faults.append(f"{where.of(path)}: {block!r} is not a block; write it as [{path}].")
+        faults.append(f"{where.of(path)}: {block!r:.80} is not a block; write it as [{path}].")
         return None
     try:
         return model.model_validate(block)
     except ValidationError as error:
         for fault in error.errors():
             key = ".".join([path, *_typed(fault["loc"], block)])
-            if fault["type"] == "extra_forbidden":
-                known = _known_keys(model, fault["loc"][:-1])
-                at_part = path.split("[")[0] in _PARTS and len(fault["loc"]) == 1
-                extra = {"use", *(["weight"] if path.startswith("reward") else [])} if at_part else set()
-                faults.append(f"{where.of(key)}: no such key; {did_you_mean(str(fault['loc'][-1]), known | extra)}")
-            elif fault["type"] == "missing":
-                faults.append(f"{where.of(key)}: missing; it has no default.")
-            else:
-                faults.append(f"{where.of(key)}: {fault['input']!r} cannot be used: {fault['msg']}.")
+            known = _known_keys(model, fault["loc"][:-1])
+            at_part = path.split("[")[0] in _PARTS and len(fault["loc"]) == 1
+            extra = {"use", *(["weight"] if path.startswith("reward") else [])} if at_part else set()
+            faults.append(_fault(fault["type"], key, fault, known | extra, where))
         return None
+
+
+def _fault(kind: str, key: str, fault: Any, known: set[str], where: Where) -> str:
+    """One of pydantic's findings, in our words."""
+    given, details = fault["input"], fault.get("ctx", {})
+    match kind:
+        case "extra_forbidden":
+            return f"{where.of(key)}: no such key; {did_you_mean(str(fault['loc'][-1]), known)}"
+        case "missing":
+            return f"{where.of(key)}: missing; it has no default."
+        case "union_tag_not_found":
+            return f"{where.of(key + '.use')}: missing; say which is meant."
+        case "union_tag_invalid":
+            choices = re.findall(r"'([^']*)'", details["expected_tags"])
+            return (
+                f"{where.of(key + '.use')}: nothing is named {given['use']!r}; {did_you_mean(details['tag'], choices)}"
+            )
+        case "literal_error":
+            choices = re.findall(r"'([^']*)'", details["expected"])
+            return f"{where.of(key)}: {given!r:.80} cannot be used; {did_you_mean(str(given), choices)}"
+        case "value_error":
+            return f"{where.of(key)}: {fault['msg'].removeprefix('Value error, ')}."
+        case _:
+            return f"{where.of(key)}: {given!r:.80} cannot be used: {fault['msg']}."
 
 
 def _typed(loc: Sequence[str | int], block: Any) -> list[str]:
@@ -532,7 +614,9 @@ def _known_keys(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
         deeper = [
             m for one in models if part in one.model_fields for m in _models_in(one.model_fields[str(part)].annotation)
         ]
-        tagged = [m for m in models if "use" in m.model_fields and m.model_fields["use"].default == part]
+        tagged = [
+            m for m in models if "use" in m.model_fields and get_args(m.model_fields["use"].annotation) == (part,)
+        ]
         models = deeper or tagged or models
     return {name for one in models for name in one.model_fields}
 

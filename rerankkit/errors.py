@@ -11,7 +11,6 @@ RerankkitError                 exit code 1
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -43,12 +42,14 @@ class RunFolderError(UsageError):
     """A run folder that is in use, not ours, or damaged."""
 
 
-class RunFailed(RerankkitError):
+class RunFailed(RerankkitError):  # noqa: N818 (a run fails; the name says so)
     """A stage could not do its work."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence naming what was possible, and the likeliest spelling if there is one."""
+    import difflib
+
     choices = sorted(known)
     listed = f"known: {', '.join(choices)}" if choices else "none is known"
     close = difflib.get_close_matches(word, choices, n=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rerankkit.config import ChosenPart, load_config, make_config
+from rerankkit.config import ChosenPart, load_config, make_config, strings_in
 from rerankkit.plugins import load_plugins
 from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
 from rerankkit.run import run
@@ -44,13 +44,16 @@ class Pipeline:
             raw, where = dict(self.config), None
         else:
             raw, where = load_config(self.config, self.overrides)
-        plugins = load_plugins(raw.get("plugin_files", []))
+        plugins = load_plugins(strings_in(raw.get("plugin_files")))
         resolved = make_config(raw, plugins, where)
-        for kind in ("tokenizer", "teacher", "optimizer"):
-            if getattr(self, kind) is not None:
-                resolved = replace(resolved, **{kind: ChosenPart.given(kind, getattr(self, kind))})
-        if self.reward is not None:
-            resolved = replace(resolved, reward=(ChosenPart.given("reward", self.reward),))
+        own: dict[str, Any] = {
+            kind: ChosenPart.given(kind, getattr(self, kind))
+            for kind in ("tokenizer", "teacher", "reward", "optimizer")
+            if getattr(self, kind) is not None
+        }
+        if "reward" in own:
+            own["reward"] = (own["reward"],)
+        resolved = replace(resolved, **own)
         with progress_bar() as bar, prepare(resolved, Path(out)) as (device, track):
             shown = {"progress": bar, "announce": _announce(stage_line)} if progress else {}
             return run(resolved, Path(out), device=device, track=track, hooks=plugins.hooks, until=until, **shown)

@@ -9,33 +9,26 @@ A plugin is a module with one function, announced by one entry point of the grou
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib
 import importlib.util
-import inspect
-import json
 import os
 import re
 import sys
-import textwrap
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, distributions
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
 from rerankkit.errors import PluginError, did_you_mean
-from rerankkit.types import RunInfo, StepReport
 
 if TYPE_CHECKING:
     from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
+    from rerankkit.types import RunInfo, StepReport
 
 GROUP = "rerankkit"
 ONLY = "RERANKKIT_PLUGINS"
@@ -50,7 +43,7 @@ class PluginConfig(BaseModel):
 
     # The strings under fields are read by `describe_settings` when somebody asks: pydantic's own way of reading them,
     # and building validators at once, would double the time of `rerankkit plugins list`.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 P = TypeVar("P")
@@ -81,7 +74,7 @@ class Slot(Generic[P]):
     def add(self, name: str, config: type[C], build: Callable[[C, RunInfo], P]) -> None:
         """Offer a part under `name`. `build` is called only when a run has chosen it: import heavy things there.
 
-        Raises PluginError if another plugin already holds the name.
+        Raises PluginError if the name is taken, or if a config could not reach a setting.
         """
         plugin, distribution, version = self.owner
         if name in self.parts:
@@ -89,6 +82,11 @@ class Slot(Generic[P]):
                 f"two plugins register the {self.kind} {name!r}: {self.parts[name].plugin} and {plugin}. "
                 f"Rename one, uninstall one, or load only what you need with {ONLY}."
             )
+        if not (isinstance(config, type) and issubclass(config, PluginConfig)):
+            raise PluginError(f"{self.kind} {name!r}: its settings must be a subclass of PluginConfig, not {config!r}.")
+        reserved = {"use", "weight"} if self.kind == "reward" else {"use"}
+        if taken := sorted(reserved & config.model_fields.keys()):
+            raise PluginError(f"{self.kind} {name!r}: a block keeps {taken[0]!r} for itself; rename that setting.")
         self.parts[name] = PartSpec(self.kind, name, config, build, plugin, distribution, version)
 
 
@@ -147,8 +145,11 @@ class Plugins:
         slot = next(slot for slot in self.register.slots() if slot.kind == kind)
         if name in slot.parts:
             return slot.parts[name]
-        broken = [plugin for plugin in self.loaded if plugin.error]
-        blame = "".join(f"\n  {p.name} ({p.distribution or p.module}) could not be loaded: {p.error}" for p in broken)
+        blame = "".join(
+            f"\n  plugin {p.name} ({p.distribution or 'not installed'}) is not in order: {p.error or p.warning}"
+            for p in self.loaded
+            if p.error or p.warning
+        )
         hint = did_you_mean(name, slot.parts)
         raise PluginError(f"{where}: no {kind} is named {name!r}; {hint}{blame}")
 
@@ -159,61 +160,105 @@ def load_plugins(files: Iterable[str | Path] = (), only: str | None = None) -> P
     `files` are single-file plugins for this run. `only` (default: the variable RERANKKIT_PLUGINS) names the entry
     points to load, comma-separated.
     """
+    installed = _installed()
+    known = [source.name for source in installed]
     only = os.environ.get(ONLY) if only is None else only
-    wanted = None if only is None else {name.strip() for name in only.split(",") if name.strip()}
+    wanted = known if only is None else [name.strip() for name in only.split(",") if name.strip()]
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(HookSpecs)
     register = Register()
-    loaded = []
-    sources = [*_installed(wanted), *(_from_file(Path(file)) for file in files)]
-    for name, module_name, distribution, version, load in sources:
-        error = warning = ""
-        before = {slot.kind: dict(slot.parts) for slot in register.slots()}
-        try:
-            module = load()
-            for slot in register.slots():
-                slot.owner = (name, distribution, version)
-            register_parts = getattr(module, "rerankkit_register", None)
-            manager.register(module, name)
-            if register_parts is not None:
-                register_parts(register=register)
-            warning = _misspelt(module)
-        except (Exception, SystemExit) as caught:
-            for slot in register.slots():
-                slot.parts.clear()
-                slot.parts.update(before[slot.kind])
-            if manager.has_plugin(name):
-                manager.unregister(name=name)
-            error = _one_line(caught)
-        loaded.append(LoadedPlugin(name, module_name, distribution, version, error, warning))
+    loaded: list[LoadedPlugin] = []
+    for source in [*(s for s in installed if s.name in wanted), *(_from_file(Path(file)) for file in files)]:
+        twin = next((plugin for plugin in loaded if plugin.name == source.name), None)
+        if twin is None:
+            error, warning = _load(source, register, manager)
+        else:
+            error = f"another plugin has this name: {twin.distribution}. Rename one, or uninstall one."
+            warning = ""
+        loaded.append(LoadedPlugin(source.name, source.module, source.distribution, source.version, error, warning))
+    for name in (name for name in wanted if name not in known):
+        error = f"{ONLY} asks for it, but it is not installed; {did_you_mean(name, known)}"
+        loaded.append(LoadedPlugin(name, "", "", "", error))
     return Plugins(register, tuple(loaded), manager.hook)
 
 
-_Source = tuple[str, str, str, str, Callable[[], ModuleType]]
+class _Source(NamedTuple):
+    """Where a plugin is to be had."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    load: Callable[[], Any]
 
 
-def _installed(wanted: set[str] | None) -> Iterator[_Source]:
-    seen = set()
+def _load(source: _Source, register: Register, manager: pluggy.PluginManager) -> tuple[str, str]:
+    """Load one plugin; its (error, warning). One that breaks leaves nothing in the register or among the hooks."""
+    before = [dict(slot.parts) for slot in register.slots()]
+    module: Any = None
+    try:
+        with redirect_stdout(sys.stderr):  # or a plugin that prints would spoil `--json`
+            module = source.load()
+            for slot in register.slots():
+                slot.owner = (source.name, source.distribution, source.version)
+            others = manager.get_plugins()
+            manager.register(module, source.name)
+            manager.subset_hook_caller("rerankkit_register", others)(register=register)
+        return "", _misspelt(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as caught:  # SystemExit, too, and the panics of extensions written in Rust
+        for slot, parts in zip(register.slots(), before, strict=True):
+            slot.parts = parts
+        if module is not None and manager.get_plugin(source.name) is module:
+            manager.unregister(module)
+        return _one_line(caught), ""
+
+
+def _installed() -> list[_Source]:
+    """Every installed plugin: rerankkit's own first, then by distribution. The first to come keeps a name."""
+    found: dict[str, list[_Source]] = {}
     for distribution in distributions():
-        # Reading the file first is many times faster than parsing every distribution's metadata.
-        text = distribution.read_text("entry_points.txt")
+        try:
+            # Reading the file first is many times faster than parsing every distribution's metadata.
+            text = distribution.read_text("entry_points.txt")
+        except (OSError, UnicodeDecodeError):
+            continue  # a damaged installation of something else
         if not text or f"[{GROUP}]" not in text:
             continue
-        for entry in distribution.entry_points.select(group=GROUP):
-            if entry.name in seen or (wanted is not None and entry.name not in wanted):
-                continue
-            seen.add(entry.name)
-            yield entry.name, entry.value, _name(distribution), distribution.version, entry.load
+        name, version = _name_and_version(distribution)
+        if name not in found:  # or it is an older copy, further down the path
+            found[name] = list(_entries(distribution, name, version))
+    return [source for name in sorted(found, key=lambda name: (name != GROUP, name)) for source in found[name]]
 
 
-def _name(distribution: Distribution) -> str:
-    return str(distribution.metadata["Name"])
+def _entries(distribution: Distribution, name: str, version: str) -> Iterator[_Source]:
+    try:
+        entries = [(entry.name, entry.value, entry.load) for entry in distribution.entry_points.select(group=GROUP)]
+    except Exception as error:
+        problem = PluginError(f"its entry_points.txt cannot be read: {error}")
+
+        def fail() -> None:
+            raise problem
+
+        entries = [(name, "", fail)]
+    for entry, module, load in entries:
+        yield _Source(entry, module, name, version, load)
+
+
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """Told by the folder's name where there is one: parsing METADATA would double the time that loading takes."""
+    folder = getattr(distribution, "_path", None)
+    name, dash, version = Path(folder).name.removesuffix(".dist-info").partition("-") if folder else ("", "", "")
+    if not dash or not str(folder).endswith(".dist-info"):
+        name, version = str(distribution.metadata["Name"]), distribution.version
+    return re.sub(r"[-_.]+", "-", name).lower(), version
 
 
 def _from_file(path: Path) -> _Source:
     name = f"rerankkit_file_{path.stem}"
 
-    def load() -> ModuleType:
+    def load() -> Any:
         if not path.is_file():
             raise PluginError(f"plugin file {path} does not exist")
         spec = importlib.util.spec_from_file_location(name, path)
@@ -224,25 +269,33 @@ def _from_file(path: Path) -> _Source:
         spec.loader.exec_module(module)
         return module
 
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
-    return path.stem, str(path), str(path), digest, load
+    try:
+        from hashlib import sha256
+
+        digest = sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError:
+        digest = ""
+    return _Source(path.stem, str(path), str(path), digest, load)
 
 
-def _misspelt(module: ModuleType) -> str:
+def _misspelt(module: Any) -> str:
     """A word about functions that look like hooks and are none."""
     known = [name for name in vars(HookSpecs) if name.startswith("rerankkit_")]
     for name, value in vars(module).items():
-        marked = getattr(value, f"{GROUP}_impl", None) is not None
-        if callable(value) and name not in known and (marked or name.startswith("rerankkit_")):
-            return f"{name} is not a hook and is never called; {did_you_mean(name, known)}"
-        if name in known and not marked:
-            return f"{name} lacks the @hookimpl decorator; add it."
+        marked = getattr(value, f"{GROUP}_impl", None)
+        hook = (marked or {}).get("specname") or name
+        if callable(value) and hook not in known and (marked or name.startswith("rerankkit_")):
+            return f"{hook} is not a hook and is never called; {did_you_mean(hook, known)}"
+        if hook in known and not marked:
+            return f"{hook} lacks the @hookimpl decorator and is never called; add it."
     return ""
 
 
 def _one_line(error: BaseException) -> str:
     """The error with the place in the plugin where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
+    import traceback
+
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, PluginError) else ""
     text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split()) + place
@@ -264,6 +317,10 @@ def describe_settings(config: type[PluginConfig]) -> list[dict[str, str]]:
 
 def _field_documentation(config: type[PluginConfig]) -> dict[str, str]:
     """Field -> the string literal under it, in the class or the nearest base that documents it."""
+    import ast
+    import inspect
+    import textwrap
+
     found: dict[str, str] = {}
     for owner in reversed(config.__mro__):
         if not issubclass(owner, PluginConfig) or owner is PluginConfig:
@@ -281,4 +338,6 @@ def _field_documentation(config: type[PluginConfig]) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
+    import json
+
     return json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value, default=str)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rerankkit.config import RunConfig
-from rerankkit.store import StoppedEarlyError, open_run
+from rerankkit.store import RunFolder, StoppedEarlyError, open_run
+
+if TYPE_CHECKING:
+    from rerankkit.lm import Policy
 
 STAGES = ("data", "sids", "midtrain", "candidates", "traces", "sft", "rl", "rank-mid-train", "rank-sft", "rank-rl")
 
@@ -18,10 +20,28 @@ def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
 
     `how` sets fields of `store.RunFolder`; with `until="sft"` it stops after that stage and returns an empty report.
     """
+    from rerankkit.stages.assemble import report_run
+
+    with suppress(StoppedEarlyError), open_run(out, config, **how) as folder:
+        return report_run(folder, *stages(folder))
+    return {}
+
+
+def plan(config: RunConfig, out: Path, until: str = "") -> dict[str, str]:
+    """What `run` would find: for each stage `done`, `unfinished` or `to do`. Writes nothing."""
+    states: dict[str, str] = {}
+    folder = RunFolder(
+        out, config, until=until, announce=lambda name, state, _: states.update({name: state}), plan=True
+    )
+    with suppress(StoppedEarlyError):
+        stages(folder)
+    return states
+
+
+def stages(folder: RunFolder) -> tuple[Any, ...]:
+    """Every stage in order; returns what the report is made from."""
     from rerankkit.data.dataset import Dataset
     from rerankkit.data.lists import CandidateLists
-    from rerankkit.lm import Policy
-    from rerankkit.stages.assemble import report_run
     from rerankkit.stages.candidates import make_candidates
     from rerankkit.stages.data import make_dataset, source_digests
     from rerankkit.stages.midtrain import midtrain
@@ -31,21 +51,24 @@ def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
     from rerankkit.stages.sids import SidMap, draw_sids
     from rerankkit.stages.traces import Traces, write_traces
 
-    c, tables = config, source_digests(config.data, config.candidates)
+    def load_policy(saved: Path) -> Policy:
+        from rerankkit.lm import Policy
+
+        return Policy.load(saved, device=folder.device)
+
+    c, stage = folder.config, folder.stage
+    tables = source_digests(c.data, c.candidates)
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
-    with suppress(StoppedEarlyError), open_run(out, config, **how) as folder:
-        stage, load_policy = folder.stage, partial(Policy.load, device=folder.device)
-        data = stage("data", make_dataset, Dataset.load, c.data, tables)
-        sids = stage("sids", draw_sids, SidMap.load, c.tokenizer, c.data.embeddings, data)
-        mid = stage("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
-        own = (sids, mid) if c.candidates.use == "policy" else (None, None)
-        lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)
-        traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
-        sft = stage("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid)
-        rl = stage("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft)
-        ranked = {
-            name: stage(f"rank-{name}", rank_users, Rankings.load, how_, c.evaluate, data, sids, lists, policy)
-            for name, how_, policy in (("mid-train", "score", mid), ("sft", "generate", sft), ("rl", "generate", rl))
-        }
-        return report_run(folder, data, sids, lists, traces, ranked)
-    return {}
+    data = stage("data", make_dataset, Dataset.load, c.data, tables)
+    sids = stage("sids", draw_sids, SidMap.load, c.tokenizer, c.data.embeddings, data)
+    mid = stage("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
+    own = (sids, mid) if c.candidates.use == "policy" else (None, None)
+    lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)
+    traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
+    sft = stage("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid)
+    rl = stage("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft)
+    ranked = {
+        name: stage(f"rank-{name}", rank_users, Rankings.load, how, c.evaluate, data, sids, lists, policy)
+        for name, how, policy in (("mid-train", "score", mid), ("sft", "generate", sft), ("rl", "generate", rl))
+    }
+    return data, sids, lists, traces, ranked

@@ -32,6 +32,7 @@ from rerankkit.types import RunInfo, SidSurface
 
 PACKAGES = ("rerankkit", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pydantic", "pluggy")
 """What a result depends on most, for the manifest."""
+REPORTS = ("report.json", "report.md", "report.html")
 FORMAT = 1
 """Raised when a stage's artifact changes its meaning, so that old run folders are not mistaken for new ones."""
 
@@ -79,6 +80,8 @@ class RunFolder:
     """Plugins' hooks, to be told of training steps and of the report."""
     until: str = ""
     """The name of the last stage to do; empty means all."""
+    plan: bool = False
+    """Do nothing and write nothing: `announce` is told of each stage whether it is `done`, `unfinished` or `to do`."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of the stages so far, in order."""
 
@@ -94,23 +97,35 @@ class RunFolder:
         fingerprint = _digest([FORMAT, name, self.config.seed, *map(self._identity, arguments)])
         artifact = Artifact(folder, fingerprint, loader)
         self.fingerprints[name] = fingerprint
-        if _fingerprint_of(folder) == fingerprint:
-            self.announce(name, "skipped", 0.0)
-            return artifact
+        done = _fingerprint_of(folder) == fingerprint
         work = folder.with_suffix(".work")
         continued = _fingerprint_of(work) == fingerprint
+        if self.plan:
+            self.announce(name, "done" if done else "unfinished" if continued else "to do", 0.0)
+            return artifact
+        if done:
+            self.announce(name, "skipped", 0.0)
+            return artifact
+        for report in REPORTS:  # it tells of other results than those to come
+            (self.path / report).unlink(missing_ok=True)
         if not continued:
             shutil.rmtree(work, ignore_errors=True)
-            self._forget_metrics(name)
+            self._forget(name)
             work.mkdir(parents=True)
             write_json(work / "stage.json", {"name": name, "fingerprint": fingerprint})
+        drop_half_line(self.path / "metrics.jsonl")
         self.announce(name, "continued" if continued else "started", 0.0)
         started = time.monotonic()
         info = self.info(name, work)
         result = make(*[self._ready(argument, info) for argument in arguments], info=info)
         seconds = time.monotonic() - started
         record = {"name": name, "fingerprint": fingerprint, "seconds": round(seconds, 3)}
-        publish(folder, lambda aside: (result.save(aside), write_json(aside / "stage.json", record)))
+
+        def write(aside: Path) -> None:
+            result.save(aside)
+            write_json(aside / "stage.json", record)
+
+        publish(folder, write)
         shutil.rmtree(work, ignore_errors=True)
         self.announce(name, "done", seconds)
         return artifact
@@ -125,7 +140,7 @@ class RunFolder:
         def log(metrics: Mapping[str, float]) -> None:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage, **metrics}) + "\n")
-            self.track(metrics)
+            self.track({f"{stage}/{key}": value for key, value in metrics.items()})
 
         surface = SidSurface()
         chosen = {} if self.progress is None else {"progress": self.progress}
@@ -150,7 +165,10 @@ class RunFolder:
             return [self._identity(entry) for entry in argument]
         return argument
 
-    def _forget_metrics(self, stage: str) -> None:
+    def _forget(self, stage: str) -> None:
+        """Drop what an earlier attempt at a stage logged."""
+        if stage == "rl":
+            shutil.rmtree(self.path / "completions", ignore_errors=True)
         path = self.path / "metrics.jsonl"
         if path.exists():
             kept = [
@@ -164,18 +182,13 @@ def open_run(path: Path, config: RunConfig, **how: Any) -> Iterator[RunFolder]:
     """Lock `path` for this process and record what is about to run. Raises RunFolderError if it is taken or foreign."""
     from filelock import FileLock, Timeout
 
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path} is a file; --out names a folder.")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists() and not (path / ".lock").exists():
-        raise RunFolderError(f"{path} holds other files and is not a run folder; name a new or empty one with --out.")
+    check_free(path)
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = read_json(path / "holder.json")
-        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
-        raise RunFolderError(f"{path} is in use by {who}; wait for it, stop it, or choose another --out.") from None
+        raise _in_use(path) from None
     try:
         write_json(path / "holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
         write_json(path / "config.json", config.resolved())
@@ -187,6 +200,26 @@ def open_run(path: Path, config: RunConfig, **how: Any) -> Iterator[RunFolder]:
         lock.release()
 
 
+def check_free(path: Path) -> None:
+    """Raise at once what `open_run` would, and write nothing: a file, somebody else's folder, a run at work."""
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file; --out names a folder.")
+    if path.is_dir() and any(path.iterdir()) and not is_run_folder(path):
+        raise RunFolderError(f"{path} holds other files and is not a run folder; name a new or empty one with --out.")
+    if holder_of(path):
+        raise _in_use(path)
+
+
+def _in_use(path: Path) -> RunFolderError:
+    holder = _holder(path)
+    who = f"process {holder['pid']} on {holder['host']}"
+    return RunFolderError(f"{path} is in use by {who}; wait for it, stop it, or choose another --out.")
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    return {"pid": "unknown", "host": "an unknown host", **read_json(path / "holder.json")}
+
+
 def manifest(config: RunConfig) -> dict[str, Any]:
     """Everything that a result depends on: parts and their distributions, versions, seed, machine."""
     return {
@@ -196,6 +229,11 @@ def manifest(config: RunConfig) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cpu_count": os.cpu_count()},
     }
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a run was started here. A config.json alone does not tell: every saved model has one."""
+    return (path / ".lock").exists() or "optimizer" in read_json(path / "config.json")
 
 
 @dataclass(frozen=True)
@@ -212,10 +250,8 @@ class StageStatus:
 
 def read_status(path: Path) -> list[StageStatus]:
     """The stages of a run folder, in order. Raises RunFolderError if it is none."""
-    if not (path / "config.json").exists():
-        raise RunFolderError(
-            f"{path} is not a run folder: it has no config.json. `rerankkit run CONFIG --out {path}` makes one."
-        )
+    if not is_run_folder(path):
+        raise RunFolderError(f"{path} is not a run folder. `rerankkit run CONFIG --out {path}` makes one.")
     logged = {record["stage"]: record.get("step") for record in read_metrics(path)}
     found = []
     for folder in (path / "stages").glob("*-*"):
@@ -234,11 +270,13 @@ def holder_of(path: Path) -> dict[str, Any]:
     """`pid` and `host` of the process that is at work on a run folder; empty if none is."""
     from filelock import FileLock, Timeout
 
+    if not (path / ".lock").exists():
+        return {}
     try:
         with FileLock(path / ".lock", timeout=0):
             return {}
     except Timeout:
-        return read_json(path / "holder.json")
+        return _holder(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -268,6 +306,13 @@ def publish(folder: Path, write: Callable[[Path], object]) -> None:
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what a kill left behind the last newline of a file of lines, so that the next line stands alone."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rerankkit.config import RunConfig
-from rerankkit.errors import ConfigError, UsageError
+from rerankkit.errors import ConfigError, UsageError, did_you_mean
 
 Track = Callable[[Mapping[str, float]], None]
 
@@ -24,8 +26,9 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
         raise UsageError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version runs in one process; start it without a launcher."
         )
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    log: Any = transformers.utils.logging
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     if config.policy.threads is not None:
         torch.set_num_threads(config.policy.threads)
     device = config.device
@@ -39,13 +42,20 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
         yield device, lambda metrics: None
         return
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    for name in config.trackers:
+        if name not in available:
+            raise ConfigError(f"trackers: {name!r} is not installed, or no tracker; {did_you_mean(name, available)}")
+    accelerator = Accelerator(cpu=device == "cpu", log_with=list(config.trackers), project_dir=str(out))
+
+    @cache
+    def started() -> Accelerator:
+        accelerator.init_trackers("rerankkit")  # not before the first record: it writes into the run folder
+        return accelerator
 
     try:
-        accelerator = Accelerator(cpu=device == "cpu", log_with=list(config.trackers), project_dir=str(out))
-        accelerator.init_trackers("rerankkit")
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"trackers: {list(config.trackers)} cannot be used: {error}") from error
-    try:
-        yield device, lambda metrics: accelerator.log(dict(metrics))
+        yield device, lambda metrics: started().log(dict(metrics))
     finally:
         accelerator.end_training()

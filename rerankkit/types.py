@@ -135,6 +135,9 @@ class Rollout:
     token_ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
     """The sampler's own log-probability of each token in `token_ids`."""
+    allowed_ids: tuple[tuple[int, ...] | None, ...] = ()
+    """What each token of `token_ids` was drawn from under the permutation mask: the ids it allowed (a single one: the
+    token was forced, its log-probability is 0), or None for free reasoning. Empty when there was no mask."""
     num_reasoning_tokens: int = 0
     """`token_ids[:n]` is reasoning, the rest is the answer."""
     group: int = 0

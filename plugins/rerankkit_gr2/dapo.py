@@ -19,7 +19,6 @@ from rerankkit.math.metrics import kendall_tau
 from rerankkit.protocols import RewardFn
 from rerankkit.text.prompts import rerank_messages
 from rerankkit.types import Failed, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, StepReport
-
 from rerankkit_gr2.settings import GroupConfig
 
 Judged = tuple[Rollout, Outcome]
@@ -54,9 +53,10 @@ class GroupOptimizer:
             times = {"time/rollout": sampled - started, "time/learn": time.monotonic() - sampled}
             metrics = {**_describe(every), **learned, "num_groups": float(len(groups)), **times}
             metrics["step_time"] = time.monotonic() - started
+            yield StepReport(step, metrics, tuple(r for r, _ in every), tuple(o for _, o in every))
+            # After the report: a step that the checkpoint counts as done has been logged.
             if folder and step % config.checkpoint_every == 0 and step < config.steps:
                 save_checkpoint(folder, step, policy, optimizer, {})
-            yield StepReport(step, metrics, tuple(r for r, _ in every), tuple(o for _, o in every))
         policy.model.eval()
 
     def _collect(
@@ -72,7 +72,7 @@ class GroupOptimizer:
         random.Random(f"{info.seed} reinforce {step}").shuffle(queue)
         groups: list[Group] = []
         every: list[Judged] = []
-        for attempt in range(config.max_resampling + 1):
+        for _ in range(config.max_resampling + 1):
             wanted = min(config.prompts_per_step - len(groups), len(queue))
             if wanted <= 0:
                 break
@@ -87,11 +87,12 @@ class GroupOptimizer:
                 info=info,
                 salt=f"step {step}",
                 first_group=len(every) // config.group_size,
+                constrain=config.constrain,
             )
             judged = list(zip(rollouts, reward(rollouts), strict=True))
             every += judged
             fresh = [judged[i : i + config.group_size] for i in range(0, len(judged), config.group_size)]
-            groups += [group for group in fresh if not config.dynamic_sampling or _varies(group)]
+            groups += [group for group in fresh if not config.dynamic_sampling or self._varies(group)]
             if not config.dynamic_sampling:
                 break
         _check_outcomes([outcome for _, outcome in every], step)
@@ -139,7 +140,7 @@ class GroupOptimizer:
             if self.loss.aggregate == "constant"
             else self.loss
         )
-        lengths = [len(rollout.token_ids) for group in groups for rollout, _ in group]
+        lengths = [_num_chosen(rollout) for group in groups for rollout, _ in group]
         denominator = loss_denominator(lengths, keep.flatten().tolist(), settings)
         total, stats, entropies, gaps = 0.0, [], [], []
         for start in range(0, len(groups), config.groups_per_pass):
@@ -155,12 +156,15 @@ class GroupOptimizer:
                 temperature=config.temperature,
                 entropies=True,
                 autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
+                allowed=[[rollout.allowed_ids for rollout, _ in group] for group in some],
             )
             old = torch.tensor([logp for rollout in rollouts for logp in rollout.logps], device=policy.device)
+            chosen = tokens.weights > 0  # what the mask forced was no choice: nothing to learn, nothing to count
+            logps, old = tokens.logps[chosen], old[chosen]
             loss, stat = policy_loss(
-                tokens.logps,
+                logps,
                 old,
-                tokens.sequence_ids,
+                tokens.sequence_ids[chosen],
                 advantages[start : start + len(some)].flatten().to(policy.device),
                 settings,
                 keep=keep[start : start + len(some)].flatten().to(policy.device),
@@ -169,9 +173,9 @@ class GroupOptimizer:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
             stats.append(stat)
-            gaps.append((tokens.logps.detach() - old).abs().mean().item())
+            gaps.append((logps.detach() - old).abs().mean().item())
             if tokens.entropies is not None:
-                entropies.append(tokens.entropies.mean().item())
+                entropies.append(tokens.entropies[chosen].mean().item())
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item()
         if not math.isfinite(norm):
             raise RunFailed(
@@ -197,15 +201,20 @@ class GroupOptimizer:
         limit = self.config.max_new_tokens
         return outcome.value + overlong_penalty(len(rollout.token_ids), limit, self.config.overlong_buffer)
 
+    def _varies(self, group: Group) -> bool:
+        """Whether the judged values, before any shaping by length, differ among the rollouts that count."""
+        values = [o.value for r, o in group if isinstance(o, Reward) and self._counts(r, o)]
+        return len(values) > 1 and max(values) - min(values) > 1e-6
+
     def _counts(self, rollout: Rollout, outcome: Outcome) -> bool:
         """Whether a rollout takes part: judged, and not cut off (overlong filtering)."""
         return isinstance(outcome, Reward) and not (rollout.truncated and self.config.overlong_filtering)
 
 
-def _varies(group: Group) -> bool:
-    """Whether the judged values, before any shaping by length, differ within the group."""
-    values = [outcome.value for _, outcome in group if isinstance(outcome, Reward)]
-    return len(values) > 1 and max(values) - min(values) > 1e-6
+def _num_chosen(rollout: Rollout) -> int:
+    """Tokens that the policy chose: all but those that a mask forced."""
+    forced = sum(ids is not None and len(ids) == 1 for ids in rollout.allowed_ids)
+    return len(rollout.token_ids) - forced
 
 
 def _check_outcomes(outcomes: Sequence[Outcome], step: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from rerankkit.plugins import Register, hookimpl
-from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
-from rerankkit.types import RunInfo
+from typing import TYPE_CHECKING
 
+from rerankkit.plugins import Register, hookimpl
 from rerankkit_gr2 import settings as s
+
+if TYPE_CHECKING:
+    from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
+    from rerankkit.types import RunInfo
 
 
 @hookimpl
@@ -96,7 +99,6 @@ def group_optimizer(config: s.GroupConfig, info: RunInfo) -> PolicyOptimizer:
     from dataclasses import replace
 
     from rerankkit.math.losses import PRESETS
-
     from rerankkit_gr2.dapo import GroupOptimizer
 
     loss = replace(PRESETS[config.preset], clip_low=config.clip_low, clip_high=config.clip_high)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerankkit.plugins import PluginConfig
 
@@ -38,6 +38,7 @@ class RqVaeConfig(PluginConfig):
     min_steps: NonNegativeInt = 400
     """A small catalogue gets more passes, until it has made this many batches."""
     batch_size: PositiveInt = 256
+    """Items in a batch."""
     lr: PositiveFloat = 1e-3
     """Learning rate of encoder and decoder."""
     commitment: NonNegativeFloat = 0.25
@@ -158,15 +159,21 @@ class GroupConfig(PluginConfig):
     updates_per_batch: PositiveInt = 1
     """Optimizer steps on each batch, each on its share of the prompts; beyond 1 the clips start to matter."""
     learning_rate: PositiveFloat = 1e-4
+    """Constant, after a linear warm-up."""
     warmup_steps: NonNegativeInt = 3
+    """Steps until the learning rate is at its peak."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, decoupled from the gradient."""
     max_grad_norm: PositiveFloat = 1.0
+    """Longer gradients are scaled down to this length."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the loss is computed at the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus; below 1 the sampler is no longer the policy that is trained."""
     max_new_tokens: PositiveInt = 256
     """Longest completion."""
+    constrain: bool = True
+    """Decode answers under the permutation mask: reasoning stays free, every answer is a complete permutation."""
     clip_low: NonNegativeFloat = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegativeFloat = 0.2
@@ -183,6 +190,12 @@ class GroupConfig(PluginConfig):
     """Groups in one forward and backward pass: lower it when memory is short."""
     checkpoint_every: PositiveInt = 10
     """Steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _buffered(self) -> Self:
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(f"overlong_buffer is {self.overlong_buffer}, more than max_new_tokens")
+        return self
 
 
 class GrpoConfig(GroupConfig):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -36,15 +35,9 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def main() -> None:
-    """The `rerankkit` command. Exit code 0: done; 1: the run failed; 2: something in the call can be mended."""
+    """The `rerankkit` command. Exits with 0: done; 1: the run failed; 2: the call can be mended; 130: interrupted."""
     try:
         app()
     except RerankkitError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to continue", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # `rerankkit ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)

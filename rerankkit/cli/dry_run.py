@@ -9,31 +9,30 @@ from typing import Any
 import typer
 
 from rerankkit.config import PretrainedPolicy, RunConfig, ScratchPolicy, WorldData
-from rerankkit.run import STAGES
+from rerankkit.run import plan
 
 
 def describe(config: RunConfig, out: Path, until: str, as_json: bool) -> None:
     """Print the resolved config, each stage's state, sizes, and a peak-memory estimate."""
     from rerankkit.stages.data import source_digests
-    from rerankkit.store import read_status
+    from rerankkit.store import check_free
 
-    digests = source_digests(config.data, config.candidates)  # complains about missing tables
-    stages = STAGES[: STAGES.index(until) + 1] if until else STAGES
-    done = {stage.name: stage.state for stage in read_status(out)} if (out / "config.json").exists() else {}
+    check_free(out)
+    digests = source_digests(config.data, config.candidates)
     sizes = policy_size(config.policy, _num_codes(config))
-    plan: dict[str, Any] = {
+    found: dict[str, Any] = {
         "out": str(out),
         "config": config.resolved(),
-        "stages": [{"name": name, "state": done.get(name, "to do")} for name in stages],
+        "stages": [{"name": name, "state": state} for name, state in plan(config, out, until).items()],
         "tables": digests or "none: the simulated world" if isinstance(config.data, WorldData) else digests,
         **sizes,
     }
     if as_json:
-        typer.echo(json.dumps(plan))
+        typer.echo(json.dumps(found))
         return
-    typer.echo(json.dumps(plan["config"], indent=2))
+    typer.echo(json.dumps(found["config"], indent=2))
     typer.echo(f"\nrun folder  {out}")
-    for stage in plan["stages"]:
+    for stage in found["stages"]:
         typer.echo(f"  {stage['state']:<11}{stage['name']}")
     for source, digest in digests.items():
         typer.echo(f"table       {source}  sha256 {digest[:12]}")

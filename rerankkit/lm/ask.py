@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rerankkit.lm.permutation import answer_mask
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.text.answers import RANKING_KEY, parse_answer
@@ -25,10 +26,12 @@ def ask(
     top_p: float = 1.0,
     salt: str = "",
     first_group: int = 0,
+    constrain: bool = True,
 ) -> list[Rollout]:
     """`group_size` rollouts of each example, group after group, the groups numbered from `first_group`.
 
-    What is sampled for an example depends on (`info.seed`, `salt`, its id), not on its neighbours.
+    What is sampled for an example depends on (`info.seed`, `salt`, its id), not on its neighbours. With `constrain`,
+    reasoning is free and every answer is a complete permutation; raises UsageError if `max_new_tokens` cannot hold it.
     """
     groups = roll_out(
         policy,
@@ -40,6 +43,7 @@ def ask(
         seeds=[seed_of(info.seed, salt, example.example_id) for example in examples],
         # One token at a time is too little work for bfloat16 to pay on a CPU: it samples at half the speed.
         autocast=torch.bfloat16 if info.precision == "bfloat16" and policy.device.type != "cpu" else None,
+        masks=[answer_mask(policy, example, max_new_tokens) for example in examples] if constrain else None,
     )
     return [
         as_rollout(policy, example, sample, first_group + number)
@@ -59,6 +63,7 @@ def as_rollout(policy: Policy, example: RerankExample, sample: Sample, group: in
         ranking=answer.ranking,
         token_ids=sample.token_ids,
         logps=sample.logps,
+        allowed_ids=sample.allowed,
         num_reasoning_tokens=_boundary(policy, sample.token_ids),
         group=group,
         truncated=sample.truncated,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from rerankkit.lm.permutation import Allowed, allowed_table, answer_pieces
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.sequences import TrainSequence
 
@@ -25,12 +26,12 @@ class TokenLogps:
     logps: Tensor
     """[K] float32, differentiable."""
     weights: Tensor
-    """[K] float32, the loss weight of each token."""
+    """[K] float32, the loss weight of each token; 0 for tokens that a mask forced."""
     sequence_ids: Tensor
     """[K] int64, the sequence of each token, counted in the order they were given."""
     num_sequences: int
     entropies: Tensor | None = None
-    """[K] float32 in nats, of the whole next-token distribution; no gradient. None unless asked for."""
+    """[K] float32 in nats, of the next-token distribution (under the mask, if any); no gradient. None unless asked."""
 
     def split(self, values: Tensor | None = None) -> tuple[Tensor, ...]:
         """`logps` (or other values [K]) cut into one tensor a sequence."""
@@ -91,47 +92,110 @@ def group_logps(
     entropies: bool = False,
     autocast: torch.dtype | None = None,
     chunk: int = CHUNK,
+    allowed: Sequence[Sequence[Sequence[Allowed]]] | None = None,
 ) -> TokenLogps:
     """Log-probability of every completion token at `temperature`; the completions of a group share their prompt.
 
     `completions[p][g]` continues `prompts[p]`. One row a group: the prompt once, then every completion, which sees the
     prompt and itself. Sequences are numbered group by group; all weights are 1. Raises ValueError for an empty prompt.
+
+    `allowed[p][g]` is what a mask allowed in place of each token of `completions[p][g]` (`Sample.allowed`), empty for
+    one sampled without a mask. Logps and entropies are then those of the masked policy: a forced token has logp 0, no
+    gradient and weight 0.
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but completions for {len(completions)}")
     layouts: list[_Layout] = []
     targets: list[int] = []
     owners: list[int] = []
+    options: list[Allowed] = []
     number = 0
-    for prompt, group in zip(prompts, completions, strict=True):
+    for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
             raise ValueError("an empty prompt: nothing predicts the first token of its completions")
         layout = _Layout.empty()
         layout.add(prompt, range(len(prompt)), [0] * len(prompt), block=0, prefix=0)
-        for completion in group:
+        for g, completion in enumerate(group):
+            seen = (allowed[p][g] if allowed is not None else ()) or [_ANY] * len(completion)
+            if len(seen) != len(completion):
+                raise ValueError(f"{len(completion)} tokens but {len(seen)} allowed, completion {g} of prompt {p}")
             start = len(layout.token_ids)
-            fed = completion[:-1]  # the last token is only predicted, never read
+            last = max((i for i, option in enumerate(seen) if option is None or len(option) != 1), default=0)
+            fed = completion[:last]  # the last token to choose is only predicted, never read; nor what it forces
             layout.add(
                 fed, range(len(prompt), len(prompt) + len(fed)), [start] * len(fed), block=start, prefix=len(prompt)
             )
-            if completion:
-                layout.reads += [len(prompt) - 1, *range(start, start + len(fed))]
+            places = [len(prompt) - 1, *range(start, start + len(fed))]
+            layout.reads += (places + [0] * len(completion))[: len(completion)]  # nothing is read for forced tokens
             targets += completion
             owners += [number] * len(completion)
+            options += seen
             number += 1
         layouts.append(layout)
-    weights = [1.0] * len(targets)
-    return _run(policy, layouts, targets, weights, owners, number, temperature, entropies, autocast, chunk)
+    weights = [0.0 if option is not None and len(option) == 1 else 1.0 for option in options]
+    return _run(policy, layouts, targets, weights, owners, number, temperature, entropies, autocast, chunk, options)
+
+
+_ANY: tuple[int, ...] = ()
+"""Stands for the whole vocabulary: no mask."""
+
+
+def _masked_logps(
+    policy: Policy,
+    hidden: Tensor,
+    target_ids: Tensor,
+    options: Sequence[Allowed],
+    temperature: float,
+    entropies: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor | None]:
+    """As `token_logps`, each target under what its option allows; hidden states of forced targets are not used."""
+    device = policy.device
+    logps = 0 * hidden[:, 0].float()  # with a gradient, of 0, even if nothing was chosen
+    spread = torch.zeros(len(options), device=device) if entropies else None
+    any_ids = [i for i, option in enumerate(options) if option == _ANY]
+    free = [i for i, option in enumerate(options) if option is None]
+    several = [(i, option) for i, option in enumerate(options) if option is not None and len(option) > 1]
+    barred = answer_pieces(policy).barred(policy) if free else None
+    narrow = allowed_table([option for _, option in several], device) if several else None
+    for places, bar, among in ((any_ids, None, None), (free, barred, None), ([i for i, _ in several], None, narrow)):
+        if not places:
+            continue
+        index = torch.tensor(places, device=device)
+        ids = target_ids[index]
+        if among is not None:
+            ids = (among[0] == ids[:, None]).int().argmax(-1)
+        some, entropy = token_logps(policy, hidden[index], ids, temperature, entropies, chunk, barred=bar, narrow=among)
+        logps = logps.index_copy(0, index, some)
+        if spread is not None and entropy is not None:
+            spread[index] = entropy
+    return logps, spread
 
 
 def token_logps(
-    policy: Policy, hidden: Tensor, target_ids: Tensor, temperature: float, entropies: bool, chunk: int
+    policy: Policy,
+    hidden: Tensor,
+    target_ids: Tensor,
+    temperature: float,
+    entropies: bool,
+    chunk: int,
+    *,
+    barred: Tensor | None = None,
+    narrow: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log P(target) at `temperature` from hidden states [K, H] and ids [K]; the [K, V] logits never exist at once."""
+    """log P(target) at `temperature` from hidden states [K, H] and ids [K]; the [K, V] logits never exist at once.
+
+    `barred` [V] bool takes ids out of the distribution. `narrow` leaves only the ids of a table [K, W] in it, as far
+    as its mask [K, W] says that they are real; targets are then columns of the table.
+    """
     many = len(hidden) > chunk and torch.is_grad_enabled()
 
-    def part(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def part(states: Tensor, ids: Tensor, *among: Tensor) -> tuple[Tensor, Tensor]:
         logits = policy.logits(states).float() / temperature
+        if barred is not None:
+            logits = logits.masked_fill(barred, _FAR)
+        if among:
+            logits = logits.gather(-1, among[0]).masked_fill(~among[1], _FAR)
         total = logits.logsumexp(-1)
         logps = logits.gather(-1, ids[:, None])[:, 0] - total
         if not entropies:
@@ -141,11 +205,15 @@ def token_logps(
         return logps, spread
 
     parts = []
-    for states, ids in zip(torch.split(hidden, chunk), torch.split(target_ids, chunk), strict=True):
+    for inputs in zip(*(torch.split(x, chunk) for x in (hidden, target_ids, *(narrow or ()))), strict=True):
         # recomputing a chunk's logits in the backward pass is what keeps the others from being stored
-        parts.append(checkpoint(part, states, ids, use_reentrant=False) if many else part(states, ids))
+        parts.append(checkpoint(part, *inputs, use_reentrant=False) if many else part(*inputs))
     logps = torch.cat([p[0] for p in parts])
     return logps, torch.cat([p[1] for p in parts]) if entropies else None
+
+
+_FAR = -1e30
+"""The logit of what may not come: -inf would make 0 * inf of the entropy."""
 
 
 def casting(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
@@ -188,6 +256,7 @@ def _run(
     entropies: bool,
     autocast: torch.dtype | None,
     chunk: int,
+    options: Sequence[Allowed] | None = None,
 ) -> TokenLogps:
     device = policy.device
     target_ids = torch.tensor(targets, dtype=torch.long, device=device)
@@ -213,7 +282,10 @@ def _run(
             input_ids=token_ids, position_ids=position_ids, attention_mask=bias[:, None], use_cache=False
         ).last_hidden_state
         states = hidden.flatten(0, 1)[torch.tensor(places, device=device)]
-        logps, spread = token_logps(policy, states, target_ids, temperature, entropies, chunk)
+        if options is None or all(option == _ANY for option in options):
+            logps, spread = token_logps(policy, states, target_ids, temperature, entropies, chunk)
+        else:
+            logps, spread = _masked_logps(policy, states, target_ids, options, temperature, entropies, chunk)
     return TokenLogps(logps, weight, owner, num_sequences, spread)
 
 

@@ -10,7 +10,7 @@ from rerankkit.errors import RunFailed
 from rerankkit.stages.compare import save_rankings
 from rerankkit.stages.report import build_report, choose_examples, example_card, summarise, write_report
 from rerankkit.store import Artifact, RunFolder, manifest, read_metrics, write_json
-from rerankkit.types import RerankExample, Ranking, SidSurface
+from rerankkit.types import Ranking, RerankExample, SidSurface
 
 if TYPE_CHECKING:
     from rerankkit.data.dataset import Dataset

@@ -43,7 +43,7 @@ def make_candidates(
             files = {split: getattr(config, split) for split in ("train", "valid", "test") if getattr(config, split)}
             if {"train", "test"} - files.keys():
                 raise DataError("candidates: lists from files need both candidates.train and candidates.test.")
-            preranker = from_file({split: path for split, path in files.items()}, dataset, config.size)
+            preranker = from_file(files, dataset, config.size)
         case PolicyLists():
             if sids is None or policy is None:
                 raise ValueError("lists made by the policy need the policy and its SIDs")

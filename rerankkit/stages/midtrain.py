@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rerankkit.config import Midtrain, PretrainedPolicy, ScratchPolicy
+from rerankkit.errors import RunFailed
 from rerankkit.stages.training import train
 from rerankkit.text.prompts import (
     Document,
     PromptStyle,
-    Segment,
-    answer_parts,
     caption_document,
     item_line,
     language_document,
@@ -48,6 +47,8 @@ def midtrain(
         for sequence in dataset.train_sequences().values()
     ]
     histories = [history for history in histories if len(history) >= 2]
+    if not histories:
+        raise RunFailed("midtrain: no user has two steps before the listed ones; lower candidates.earlier_steps.")
     policy = open_policy(base, histories, tuple(items.values()), info)
     policy.extend(sids.codebook_sizes, info.surface, info.seed)
     draw = TaskDrawer(policy, config, histories, tuple(items.values()))
@@ -89,7 +90,7 @@ def open_policy(
 
 
 class TaskDrawer:
-    """Draws training documents: the paper's four tasks, and our fifth."""
+    """Draws training documents: the paper's four tasks."""
 
     def __init__(self, policy: Policy, config: Midtrain, histories: Sequence[Sequence[Item]], items: Sequence[Item]):
         self.policy, self.histories, self.items = policy, histories, items
@@ -103,9 +104,7 @@ class TaskDrawer:
         size = 0
         while size < num_tokens:
             task = dice.choices(list(self.tasks), list(self.tasks.values()))[0]
-            sequence = (
-                self._listing(dice) if task == "listing" else document_sequence(self.policy, self._document(task, dice))
-            )
+            sequence = document_sequence(self.policy, self._document(task, dice))
             sequences.append(sequence)
             size += len(sequence)
         return sequences
@@ -121,26 +120,6 @@ class TaskDrawer:
             return persona_document(history, surface, style)
         end = dice.randint(1, len(history) - 1)
         return sequence_document(history[:end], history[end], surface, style, history_weight=1.0)
-
-    def _listing(self, dice: random.Random) -> TrainSequence:
-        """A real history, its next item hidden among nine drawn at random; the answer puts it first, without words."""
-        from rerankkit.lm import trace_sequence
-
-        surface, style = self.policy.surface, self.policy.style
-        history = dice.choice(self.histories)
-        end = dice.randint(1, len(history) - 1)
-        target = history[end]
-        seen = {item.item_id for item in history[: end + 1]}
-        others = [
-            item for item in dice.sample(self.items, min(len(self.items), 9 + len(seen))) if item.item_id not in seen
-        ]
-        candidates = [target, *others[:9]]
-        dice.shuffle(candidates)
-        first = candidates.index(target)
-        example = RerankExample("", "", tuple(history[:end]), tuple(candidates), ())
-        order = [first, *(i for i in range(len(candidates)) if i != first)]
-        parts = answer_parts("", order, example, surface)
-        return trace_sequence(self.policy, rerank_messages(example, surface, style), *parts, 0.0, 1.0)
 
 
 def _corpus(
@@ -158,6 +137,3 @@ def _corpus(
         yield from (segment.text for segment in persona_document(shown, empty, style))
         example = RerankExample("", "", shown, shown, ())
         yield from (message["content"] for message in rerank_messages(example, empty, style))
-
-
-__all__ = ["Segment", "midtrain", "open_policy"]

@@ -97,6 +97,7 @@ def generate(
         temperature=0.0,
         info=info,
         salt="evaluate",
+        constrain=config.constrain,
     )
     return [(rollout.ranking, rollout.reasoning) for rollout in rollouts]
 

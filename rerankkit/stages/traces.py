@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rerankkit.errors import RunFailed
 from rerankkit.protocols import Teacher
+from rerankkit.store import drop_half_line
 from rerankkit.types import RerankExample, RunInfo, Trace, TraceFailure
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ def write_traces(teacher: Teacher, dataset: Dataset, sids: SidMap, lists: Candid
     answers: dict[str, Trace | TraceFailure] = {}
     store = info.work / "answers.jsonl" if info.work else None
     if store and store.exists():
+        drop_half_line(store)
         for row in _read_lines(store):
             answers[row["example_id"]] = TraceFailure(**row) if "reason" in row else _trace(row)
     missing = [example for example in examples if example.example_id not in answers]
-    for answer in teacher.write(missing, info):
+    asked = {example.example_id: example for example in missing}
+    for given in teacher.write(missing, info):
+        answer = _checked(given, asked)
         answers[answer.example_id] = answer
         if store:
             with store.open("a", encoding="utf-8") as file:
@@ -69,6 +73,16 @@ def write_traces(teacher: Teacher, dataset: Dataset, sids: SidMap, lists: Candid
         common = max(set(reasons), key=reasons.count) if reasons else "there is no training list that holds its target"
         raise RunFailed(f"teacher: no trace was kept out of {len(examples)} asks; commonest reason: {common}")
     return Traces(kept, failures, tuple(_acceptance(examples, kept)))
+
+
+def _checked(answer: Trace | TraceFailure, asked: Mapping[str, RerankExample]) -> Trace | TraceFailure:
+    """The answer, or a failure in place of a trace that nobody could learn from. Raises RunFailed for a stranger's."""
+    if answer.example_id not in asked:
+        raise RunFailed(f"teacher: answered {answer.example_id!r}, which it was not asked. Its plugin is at fault.")
+    size = len(asked[answer.example_id].candidates)
+    if isinstance(answer, Trace) and sorted(answer.order) != list(range(size)):
+        return TraceFailure(answer.example_id, f"the teacher's order is no permutation of {size} candidates")
+    return answer
 
 
 def _acceptance(examples: list[RerankExample], kept: tuple[Trace, ...]) -> Iterator[dict[str, Any]]:
@@ -88,9 +102,5 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a JSONL file; a kill can leave half a line at the end, which is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    # Not splitlines: a title's U+2028 is no end of a line.
+    return (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)

@@ -100,14 +100,12 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup_steps: int) 
 
 
 def _passes(rows: Sequence[Sequence[TrainSequence]]) -> list[list[Sequence[TrainSequence]]]:
-    """Rows cut into passes of at most FORWARD_TOKENS, counted padded; rows come longest first."""
+    """Rows cut into passes of at most FORWARD_TOKENS, padding counted; rows longer than ROW_TOKENS come first."""
     passes: list[list[Sequence[TrainSequence]]] = []
-    room = 0
+    width = ROW_TOKENS
     for row in rows:
-        size = max(ROW_TOKENS, sum(len(sequence) for sequence in row))
-        if not passes or size > room:
+        if not passes or (len(passes[-1]) + 1) * width > FORWARD_TOKENS:
             passes.append([])
-            room = max(FORWARD_TOKENS, size)
+            width = max(ROW_TOKENS, sum(len(sequence) for sequence in row))
         passes[-1].append(row)
-        room -= size
     return passes

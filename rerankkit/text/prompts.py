@@ -154,6 +154,9 @@ def targeted_messages(example: RerankExample, surface: SidSurface, style: Prompt
 
 # --- answering -----------------------------------------------------------------------------------------------------
 
+HEAD, OPENING, SEPARATOR, CLOSING = '{"explanation": "', '", "recommendations": ["', '", "', '"]}'
+"""What an answer is made of besides reasoning (between the first two) and SIDs (between the others)."""
+
 
 def clean_reasoning(reasoning: str, example: RerankExample, surface: SidSurface) -> str:
     """`reasoning` made safe like any untrusted text, except that SIDs of the example's own items stay as they are.
@@ -181,11 +184,8 @@ def answer_parts(reasoning: str, order: Sequence[int], example: RerankExample, s
     Joined they are one JSON object `{"explanation": "...", "recommendations": ["<sid>", ...]}`. The second part starts
     at the quote that closes the explanation, so the `recommendations` key weighs as ranking.
     """
-    sids = ", ".join(f'"{surface.text(example.candidates[i].sid)}"' for i in order)
-    return (
-        f'{{"explanation": "{clean_reasoning(reasoning, example, surface)}',
-        f'", "recommendations": [{sids}]}}',
-    )
+    sids = [surface.text(example.candidates[i].sid) for i in order]
+    return HEAD + clean_reasoning(reasoning, example, surface), OPENING + SEPARATOR.join(sids) + CLOSING
 
 
 # --- mid-training --------------------------------------------------------------------------------------------------

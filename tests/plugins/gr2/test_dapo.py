@@ -1,0 +1,265 @@
+"""The loop behind dapo, grpo, dr-grpo, gspo and cispo, on a policy of a few thousand weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rerankkit.errors import RunFailed
+from rerankkit.lm import Policy, scratch_policy
+from rerankkit.plugins import load_plugins
+from rerankkit.text.prompts import PromptStyle
+from rerankkit.types import (
+    Failed,
+    Item,
+    NotApplicable,
+    Outcome,
+    Ranking,
+    RerankExample,
+    Reward,
+    Rollout,
+    RunInfo,
+    SidSurface,
+    StepReport,
+)
+from rerankkit_gr2.dapo import GroupOptimizer
+from rerankkit_gr2.settings import GroupConfig
+
+PLUGINS = load_plugins(only="gr2")
+PRESETS = ("dapo", "grpo", "dr-grpo", "gspo", "cispo")
+WORDS = ("red", "blue", "soap", "cream", "brush", "comb")
+
+
+def item(number: int) -> Item:
+    return Item(f"i{number}", f"{WORDS[number % 6]} {WORDS[number % 5]}", sid=(number % 4, number // 4))
+
+
+EXAMPLES = [
+    RerankExample(
+        f"e{n}",
+        f"u{n}",
+        (item(n), item(n + 4)),
+        tuple(item(n + k) for k in (5, 6, 7)),
+        (0.0, float(n % 2), 1.0 - n % 2),
+    )
+    for n in range(4)
+]
+
+
+@pytest.fixture(scope="module")
+def base() -> Policy:
+    """Shared: tests take a copy."""
+    corpus = [" ".join(WORDS), '{"explanation": "", "recommendations": ["", ""]}'] * 20
+    policy = scratch_policy(corpus, seed=1, hidden_size=32, num_layers=1, num_heads=2, vocab_size=320)
+    policy.extend((4, 4), SidSurface(), seed=1)
+    policy.style = PromptStyle(fields=("title",), max_history=2, terse=True)
+    return policy
+
+
+@pytest.fixture
+def policy(base: Policy) -> Policy:
+    return copy.deepcopy(base)
+
+
+def optimizer(name: str = "dapo", **changes: Any) -> GroupOptimizer:
+    """A part as a config would choose it, in the smallest size."""
+    small = {"steps": 2, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 60, "learning_rate": 1e-2}
+    spec = PLUGINS.part("optimizer", name, "")
+    built: GroupOptimizer = spec.build(spec.config(**{**small, "warmup_steps": 0, **changes}), RunInfo())
+    return built
+
+
+def first_is_target(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    """1 when the first is the target; two candidates in three are not, so most groups of four vary."""
+    return [Reward(float(r.ranking.order[0] == r.example.target_index), {"first": 1.0}) for r in rollouts]
+
+
+def always(outcome: Outcome) -> Callable[[Sequence[Rollout]], list[Outcome]]:
+    return lambda rollouts: [outcome] * len(rollouts)
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit by bit."""
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def steps(
+    policy: Policy, reward: Any, info: RunInfo | None = None, name: str = "dapo", **changes: Any
+) -> list[StepReport]:
+    return list(optimizer(name, **changes).optimize(policy, EXAMPLES, reward, info or RunInfo(seed=3)))
+
+
+def test_a_step_changes_the_policy_and_reports_what_happened(policy: Policy, base: Policy) -> None:
+    first, second = steps(policy, first_is_target)
+
+    assert not same(weights(policy), weights(base)) and not policy.model.training
+    assert (first.step, second.step) == (1, 2)
+    assert len(first.rollouts) == len(first.outcomes) >= 8
+    values = [o.value for o in first.outcomes if isinstance(o, Reward)]
+    assert first.metrics["reward"] == pytest.approx(sum(values) / len(values))
+    assert first.metrics["rewards/first/mean"] == 1.0 and first.metrics["rewards/failed"] == 0.0
+    assert first.metrics["learning_rate"] == 1e-2 and first.metrics["grad_norm"] > 0
+    # Before the first update sampler and trainer are one policy: both paths must give the same log-probabilities.
+    assert 0 <= first.metrics["logp_gap"] < 1e-4 and abs(first.metrics["ratio_mean"] - 1) < 1e-4
+    assert [rollout.group for rollout in first.rollouts] == [i // 4 for i in range(len(first.rollouts))]
+
+
+def test_free_answers_are_learnt_from_too(policy: Policy, base: Policy) -> None:
+    def every_second(rollouts: Sequence[Rollout]) -> list[Outcome]:
+        return [Reward(float(i % 2)) for i, _ in enumerate(rollouts)]
+
+    [report] = steps(policy, every_second, steps=1, constrain=False)
+    assert not same(weights(policy), weights(base))
+    assert report.metrics["logp_gap"] < 1e-4 and report.metrics["invalid_rate"] == 1.0
+
+
+def test_it_learns_what_is_rewarded(policy: Policy) -> None:
+    reports = steps(policy, first_is_target, steps=15, prompts_per_step=4, group_size=8, learning_rate=2e-2)
+    rewards = [report.metrics["reward"] for report in reports]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_goes_off_policy_and_counts_what_it_clips(policy: Policy, base: Policy, name: str) -> None:
+    reports = steps(policy, first_is_target, name=name, updates_per_batch=2, group_size=6, dynamic_sampling=False)
+    assert not same(weights(policy), weights(base))
+    updated = [r.metrics for r in reports if r.metrics.get("num_updates") == 2]
+    assert updated
+    for metrics in updated:
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert 0 <= metrics["clip_ratio/low_mean"] <= 1 and 0 <= metrics["clip_ratio/high_mean"] <= 1
+        assert metrics["ratio_mean"] != 1.0 and metrics["kl"] > 0  # the second update is on the first one's policy
+        assert metrics["logp_gap"] < 1e-4  # measured before the first
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(base: Policy, tmp_path: Path, stop_after: int) -> None:
+    whole, broken, resumed = (copy.deepcopy(base) for _ in range(3))
+    plan: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "learning_rate": 3e-2}
+    expected = steps(whole, first_is_target, RunInfo(seed=5, work=tmp_path / "a"), **plan)
+    info = RunInfo(seed=5, work=tmp_path / "b")
+
+    running = optimizer(**plan).optimize(broken, EXAMPLES, first_is_target, info)
+    seen = [next(running).step for _ in range(stop_after)]
+    del running
+    rest = steps(resumed, first_is_target, info, **plan)
+
+    assert seen == list(range(1, stop_after + 1))
+    # The checkpoint of step 2 is written only when step 2 has been reported and the next is asked for.
+    assert [report.step for report in rest] == ([3, 4] if stop_after == 3 else [1, 2, 3, 4])
+    assert same(weights(resumed), weights(whole))
+    assert rest[-1].rollouts == expected[-1].rollouts
+
+
+def test_dynamic_sampling_replaces_groups_without_signal_and_then_makes_do(policy: Policy, base: Policy) -> None:
+    asked: list[list[str]] = []
+
+    def only_e1_varies(rollouts: Sequence[Rollout]) -> list[Outcome]:
+        asked.append(sorted({r.example.example_id for r in rollouts}))
+        return [Reward(float(i % 2) if r.example.example_id == "e1" else 1.0) for i, r in enumerate(rollouts)]
+
+    [report] = steps(policy, only_e1_varies, steps=1, max_resampling=5)
+
+    # Two prompts a step: after each round only what is missing is asked, nobody twice, until all four are spent.
+    assert len(asked[0]) == 2 and sorted(chain.from_iterable(asked)) == ["e0", "e1", "e2", "e3"]
+    assert report.metrics["num_groups"] == 1.0 and len(report.rollouts) == 16
+    assert report.metrics["frac_reward_zero_std"] == 0.75
+    assert not same(weights(policy), weights(base))
+
+
+def test_resampling_stops_at_its_limit(policy: Policy) -> None:
+    for limit, prompts in ((0, 1), (1, 2), (2, 3)):
+        [report] = steps(policy, always(Reward(1.0)), steps=1, prompts_per_step=1, max_resampling=limit)
+        assert len(report.rollouts) == 4 * prompts
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("outcome", [Reward(0.5), NotApplicable("no price")])
+def test_without_variance_nothing_is_learnt(policy: Policy, base: Policy, outcome: Outcome, dynamic: bool) -> None:
+    reports = steps(policy, always(outcome), dynamic_sampling=dynamic)
+    assert same(weights(policy), weights(base))
+    assert [report.metrics["loss"] for report in reports] == [0.0, 0.0]
+    assert math.isnan(reports[0].metrics["reward"]) == isinstance(outcome, NotApplicable)
+
+
+def test_when_nothing_can_be_judged_the_run_fails(policy: Policy, base: Policy) -> None:
+    with pytest.raises(RunFailed, match="every rollout of step 1 could not be judged; first reason: server is down"):
+        steps(policy, always(Failed("server is down")))
+    assert same(weights(policy), weights(base))
+
+
+def test_what_has_no_reward_leaves_its_group(policy: Policy) -> None:
+    """Not as 0: with it in, the group below would vary; and a group of one is none."""
+
+    def first_of_four(rest: Outcome) -> Callable[[Sequence[Rollout]], list[Outcome]]:
+        return lambda rollouts: [Reward(1.0) if i % 4 == 0 else rest for i, _ in enumerate(rollouts)]
+
+    for rest in (NotApplicable("no price"), Failed("timeout")):
+        [report] = steps(policy, first_of_four(rest), steps=1)
+        assert report.metrics["num_groups"] == 0.0 and report.metrics["reward"] == 1.0
+    assert report.metrics["rewards/failed"] == 0.75
+
+
+def test_groups_that_vary_only_by_what_is_filtered_out_are_replaced(policy: Policy) -> None:
+    config = optimizer(overlong_filtering=True).config
+    loop = GroupOptimizer(config, optimizer().loss)
+    whole = Rollout(EXAMPLES[0], "", "", Ranking((0, 1, 2)))
+    short = replace(whole, truncated=True)
+    assert loop._varies([(whole, Reward(1.0)), (whole, Reward(0.0))])
+    assert not loop._varies([(whole, Reward(1.0)), (whole, Reward(1.0)), (short, Reward(0.0))])
+    unfiltered = GroupOptimizer(config.model_copy(update={"overlong_filtering": False}), loop.loss)
+    assert unfiltered._varies([(whole, Reward(1.0)), (short, Reward(0.0))])
+
+
+def test_the_soft_penalty_lowers_long_answers_only() -> None:
+    # Limit 60, buffer 20: nothing up to 40 tokens, -1 at 60, so 50 tokens cost 10/20.
+    loop = optimizer(overlong_buffer=20)
+    rollout = Rollout(EXAMPLES[0], "", "", Ranking((0, 1, 2)))
+    shaped = [loop._shaped(replace(rollout, token_ids=(0,) * n), Reward(1.0)) for n in (10, 40, 50, 60)]
+    assert shaped == [1.0, 1.0, 0.5, 0.0]
+
+
+def test_the_rate_warms_up(policy: Policy) -> None:
+    reports = steps(policy, first_is_target, steps=3, warmup_steps=2, dynamic_sampling=False)
+    rates = [r.metrics["learning_rate"] for r in reports if "learning_rate" in r.metrics]
+    assert set(rates) <= {0.5e-2, 1e-2} and rates == sorted(rates)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(policy: Policy) -> None:
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1e30)
+    with pytest.raises(RunFailed, match=r"gradient is (nan|inf); lower optimizer\.learning_rate"):
+        steps(policy, lambda rollouts: [Reward(float(i % 2)) for i, _ in enumerate(rollouts)])
+
+
+def test_fewer_examples_than_prompts_are_enough(policy: Policy) -> None:
+    [report] = list(optimizer(steps=1, prompts_per_step=9).optimize(policy, EXAMPLES[:2], first_is_target, RunInfo()))
+    assert len(report.rollouts) == 8
+
+
+def test_settings_of_the_class_choose_the_loss() -> None:
+    for name in PRESETS:
+        built = optimizer(name)
+        assert isinstance(built.config, GroupConfig)
+        assert (built.loss.clip_low, built.loss.clip_high) == (built.config.clip_low, built.config.clip_high)
+    kinds = {name: (optimizer(name).loss.ratio, optimizer(name).loss.aggregate) for name in PRESETS}
+    assert kinds == {
+        "dapo": ("token", "token"),
+        "grpo": ("token", "sequence"),
+        "dr-grpo": ("token", "constant"),
+        "gspo": ("sequence", "sequence"),
+        "cispo": ("token", "token"),
+    }

@@ -1,0 +1,238 @@
+"""The command as a user calls it: what it says, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rerankkit
+from rerankkit.cli import main
+from rerankkit.config import make_config
+from rerankkit.errors import RunFailed
+from rerankkit.plugins import load_plugins
+from rerankkit.run import STAGES
+from rerankkit.stages.compare import save_rankings
+from rerankkit.stages.report import summarise
+from rerankkit.store import open_run, write_json
+from rerankkit.types import Item, Ranking, RerankExample
+
+QUICKSTART = Path(__file__).parent.parent / "examples" / "configs" / "quickstart.toml"
+CLI = [sys.executable, "-c", "from rerankkit.cli import main; main()"]
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """`call("plugins", "list")` -> exit code, stdout, stderr; the current directory is an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rerankkit", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out, said.err
+
+    return call
+
+
+def test_help_names_every_verb_and_how_to_start(call: Call) -> None:
+    code, out, err = call("--help")
+    assert (code, err) == (0, "")
+    assert all(f"\n  {verb} " in out for verb in ("run", "status", "compare", "doctor", "plugins"))
+    assert "Start with: rerankkit run examples/configs/quickstart.toml" in out
+
+
+def test_the_version_is_that_of_the_package(call: Call) -> None:
+    assert call("--version") == (0, f"{rerankkit.__version__}\n", "")
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    done = subprocess.run([*CLI, "run", "absent.toml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: absent.toml: cannot be read (No such file or directory); name a config file, for example "
+        "examples/configs/quickstart.toml.\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["run"], ["runn"], ["status"], ["run", "--wat", "x"], ["plugins", "shw"]])
+def test_a_call_that_is_no_call_exits_2(call: Call, words: Sequence[str]) -> None:
+    code, out, err = call(*words)
+    assert (code, out) == (2, "") and "rerankkit" in err
+
+
+def test_plugins_list_shows_parts_and_whose_they_are(call: Call) -> None:
+    code, out, _ = call("plugins", "list")
+    assert code == 0
+    assert f"gr2  rerankkit {rerankkit.__version__}\n  tokenizer  rqvae " in out
+
+    listed = json.loads(call("plugins", "list", "--json")[1])
+    assert {"kind": "optimizer", "name": "dapo", "plugin": "gr2", "distribution": "rerankkit", "version": "0.1.0"} in (
+        listed["parts"]
+    )
+
+
+def test_plugins_list_with_a_broken_plugin(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise ImportError('needs a licence')")
+
+    code, out, _ = call("plugins", "list", "--file", "broken.py")
+    listed = json.loads(call("plugins", "list", "--json", "--file", "broken.py")[1])
+
+    assert code == 0 and "broken: ImportError: needs a licence (" in out and "rqvae" in out
+    assert [(p["name"], p["error"][:11]) for p in listed["plugins"]] == [("gr2", ""), ("broken", "ImportError")]
+
+
+def test_plugins_show_tells_every_setting(call: Call) -> None:
+    code, out, _ = call("plugins", "show", "ndcg")
+    assert code == 0
+    assert "reward ndcg  (gr2, rerankkit 0.1.0)\nNDCG@k of the answered order.\n" in out
+    assert "  k = 10    int\n      Depth.\n" in out
+
+    shown = json.loads(call("plugins", "show", "reward/ndcg", "--json")[1])
+    assert shown["settings"] == [{"name": "k", "type": "int", "default": "10", "documentation": "Depth."}]
+
+
+def test_plugins_show_of_something_unknown_and_of_something_broken(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise ImportError('needs a licence')")
+
+    assert call("plugins", "show", "ncdg2")[::2] == (
+        2,
+        "error: no part is named 'ncdg2'; known: cispo, dapo, dr-grpo, format, gr2, gr2-unconditional, grpo, gspo, "
+        "ndcg, rank-promotion, rejection, residual-kmeans, rqvae, targeted. Did you mean 'ndcg'?\n",
+    )
+    code, _, err = call("plugins", "show", "broken", "--file", "broken.py")
+    assert code == 2 and err.startswith("error: plugin broken (broken.py ") and "needs a licence" in err
+
+
+def test_a_typo_exits_2_and_writes_nothing(call: Call, tmp_path: Path) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text("[sft]\nepocs = 3\n")
+    code, out, err = call("run", config, "--out", "out")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {config}:2: sft.epocs: no such key; known: ") and "Did you mean 'epochs'?" in err
+    assert call("run", QUICKSTART, "--until", "stf", "--out", "out")[::2] == (
+        2,
+        "error: --until: no stage is named 'stf'; known: candidates, data, midtrain, rank-mid-train, rank-rl, "
+        "rank-sft, rl, sft, sids, traces. Did you mean 'sft'?\n",
+    )
+    assert call("run", QUICKSTART, "data.use=tables", "data.folder=nowhere", "--out", "out", "--dry-run")[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_a_run_warns_of_a_broken_plugin_and_goes_on(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise ImportError('needs a licence')")
+    (tmp_path / "mine.toml").write_text("plugin_files = ['broken.py']\n")
+    code, _, err = call("run", "mine.toml", "--dry-run")
+    assert code == 0 and err.startswith("warning: plugin broken: ImportError: needs a licence")
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(call: Call, tmp_path: Path) -> None:
+    code, out, err = call("run", QUICKSTART, "--dry-run", "optimizer.steps=3")
+    assert (code, err) == (0, "")
+    assert all(f"  to do      {stage}\n" in out for stage in STAGES)
+    assert "run folder  runs/quickstart\n" in out and "GiB at the peak" in out and out.endswith("nothing was written\n")
+
+    plan = json.loads(call("run", QUICKSTART, "--dry-run", "--json", "--until", "sids", "optimizer.steps=3")[1])
+    assert plan["config"]["optimizer"]["steps"] == 3
+    assert plan["stages"] == [{"name": name, "state": "to do"} for name in STAGES[: STAGES.index("sids") + 1]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_stops_where_it_is_told_and_goes_on_from_its_own_config(call: Call, tmp_path: Path) -> None:
+    small = ["data.num_users=30", "data.embeddings.dim=4", "tokenizer.use=residual-kmeans"]
+    (tmp_path / "mine.toml").write_text("")
+
+    code, out, err = call("run", "mine.toml", *small, "--until", "data", "--out", "here/run")
+    assert (code, out) == (0, "")
+    assert err.splitlines()[0] == "started   data" and err.splitlines()[1].startswith("done      data  ")
+    assert err.splitlines()[-1] == "stopped after data; run again without --until to go on"
+
+    _, out, _ = call("status", "here/run")
+    assert out.startswith("done       data") and "\nto do      sids\n" in out
+    assert out.endswith("nobody is at work on it; `rerankkit run` with its config.json goes on from here\n")
+
+    code, _, err = call("run", "here/run/config.json", "--until", "sids")
+    assert code == 0 and err.splitlines()[:2] == ["skipped   data", "started   sids"]
+
+    status = json.loads(call("status", "here/run", "--json")[1])
+    assert [(stage["name"], stage["state"]) for stage in status["stages"]] == [("data", "done"), ("sids", "done")]
+    assert status["report"] is False and status["holder"] == {}
+
+    plan = json.loads(call("run", "here/run/config.json", "data.num_users=31", "--dry-run", "--json")[1])
+    assert {stage["state"] for stage in plan["stages"]} == {"to do"}  # not `done`: they would be redone
+    plan = json.loads(call("run", "here/run/config.json", "--dry-run", "--json")[1])
+    assert [stage["state"] for stage in plan["stages"]][:3] == ["done", "done", "to do"]
+    assert [stage["name"] for stage in plan["stages"]] == list(STAGES)
+
+
+def test_an_interrupted_run_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rerankkit.run.run", interrupted)
+    assert call("run", QUICKSTART) == (130, "", "interrupted; run the same command again to continue\n")
+
+
+def test_a_run_that_fails_exits_1(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(*arguments: Any, **how: Any) -> None:
+        raise RunFailed("sft: the loss is nan")
+
+    monkeypatch.setattr("rerankkit.run.run", failed)
+    assert call("run", QUICKSTART) == (1, "", "error: sft: the loss is nan\n")
+
+
+def test_status_of_something_else(call: Call, tmp_path: Path) -> None:
+    code, out, err = call("status", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path} is not a run folder. `rerankkit run CONFIG --out {tmp_path}` makes one.\n"
+
+
+def test_status_names_who_is_at_work(call: Call, tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", make_config({}, load_plugins(only="gr2"))):
+        assert "at work: process " in call("status", "run")[1]
+
+
+def finished(folder: Path, *orders: tuple[int, ...]) -> None:
+    """A run folder's report of as many users as there are orders; the target is given second."""
+    folder.mkdir()
+    items = tuple(Item(str(i), f"t{i}") for i in range(3))
+    examples = [RerankExample(f"e{i}", f"u{i}", (), items, (0.0, 1.0, 0.0)) for i in range(len(orders))]
+    systems = {"rl": [Ranking(order) for order in orders]}
+    summary = summarise(examples, systems, num_users=len(orders), seed=0, samples=50)
+    write_json(folder / "report.json", {**summary, "lists_digest": "d", "protocol": "p"})
+    save_rankings(folder / "rankings.parquet", examples, systems)
+
+
+def test_two_runs_are_compared_on_the_same_users(call: Call, tmp_path: Path) -> None:
+    finished(tmp_path / "a", (0, 1, 2), (0, 1, 2))
+    finished(tmp_path / "b", (1, 0, 2), (1, 0, 2))
+
+    found = json.loads(call("compare", "a", "b", "--json")[1])
+
+    [first] = [c for c in found["comparisons"] if (c["name"], c["metric"]) == ("rl", "R@1")]
+    assert (first["difference"], first["low"], first["high"]) == (1.0, 1.0, 1.0)
+    assert call("compare", "a", "b")[1].startswith("b minus a, in points, on the same 2 test users")
+
+
+def test_a_run_without_a_report_cannot_be_compared(call: Call, tmp_path: Path) -> None:
+    finished(tmp_path / "a", (0, 1, 2))
+    code, _, err = call("compare", "a", "b")
+    assert (code, err) == (2, "error: b: has no report.json; finish it with `rerankkit run`.\n")
+
+
+def test_doctor_tells_the_machine_and_what_is_wrong(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call("doctor")
+    assert code == 0 and out.endswith("\nall is well\n") and "plugin gr2 " in out
+
+    monkeypatch.setenv("RERANKKIT_PLUGINS", "gr2,absent")
+    code, out, _ = call("doctor", "--json")
+    assert code == 1
+    [problem] = json.loads(out)["problems"]
+    assert problem.startswith("plugin absent: RERANKKIT_PLUGINS asks for it, but it is not installed")

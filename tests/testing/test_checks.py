@@ -1,0 +1,277 @@
+"""Each check passes rerankkit's own parts, and fails a deliberately broken one with a message that names the fault."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rerankkit.protocols import RewardFn
+from rerankkit.testing import check_reward, check_teacher, check_tokenizer, make_rollout
+from rerankkit.types import Catalog, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, Trace, TraceFailure
+
+
+def places(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    """An honest reward: how near to the front the target is, -1 for what cannot be read."""
+    return [Reward(_place(rollout)) for rollout in rollouts]
+
+
+def _place(rollout: Rollout) -> float:
+    target = rollout.example.target_index
+    if rollout.ranking.parse is Parse.FAILED or target is None:
+        return -1.0
+    return -rollout.ranking.order.index(target) / len(rollout.ranking.order)
+
+
+# rewards
+
+
+@pytest.mark.parametrize("name", ["gr2", "gr2-unconditional", "rank-promotion", "ndcg"])
+def test_rewards_that_judge_order_pass(name: str) -> None:
+    check_reward(built("reward", name))
+
+
+def test_a_reward_that_does_not_judge_order_passes_when_it_says_so() -> None:
+    check_reward(built("reward", "format"), judges_order=False)
+
+
+def built(kind: str, name: str) -> RewardFn:
+    from rerankkit import RunInfo, load_plugins
+
+    spec = load_plugins().part(kind, name, "here")
+    part: RewardFn = spec.build(spec.config(), RunInfo())
+    return part
+
+
+def too_few(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return places(rollouts)[:-1]
+
+
+def not_finite(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(math.nan) for _ in rollouts]
+
+
+def bad_part(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(_place(rollout), {"share": math.inf}) for rollout in rollouts]
+
+
+def bare_numbers(rollouts: Sequence[Rollout]) -> list[float]:
+    return [_place(rollout) for rollout in rollouts]
+
+
+def by_row(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(_place(rollout) + 0.001 * row) for row, rollout in enumerate(rollouts)]
+
+
+def sorting(rollouts: list[Rollout]) -> list[Outcome]:
+    outcomes = places(rollouts)
+    rollouts.sort(key=lambda rollout: rollout.text)
+    return outcomes
+
+
+def rewriting(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    for rollout in rollouts:
+        object.__setattr__(rollout, "reasoning", "changed")
+    return places(rollouts)
+
+
+def paying_for_copies(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(float(rollout.ranking.identity and rollout.ranking.parse is Parse.OK)) for rollout in rollouts]
+
+
+def paying_the_unread(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(5.0 if rollout.ranking.parse is Parse.FAILED else _place(rollout)) for rollout in rollouts]
+
+
+@dataclass
+class Moody:
+    calls: int = 0
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        self.calls += 1
+        return [Reward(_place(rollout) + self.calls) for rollout in rollouts]
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        (too_few, "too_few: 19 outcomes for 20 rollouts"),
+        (not_finite, "not_finite: .*nan.* is not finite"),
+        (bad_part, "bad_part: .*'share': inf.* is not finite"),
+        (bare_numbers, "bare_numbers: returned .*an outcome is Reward, NotApplicable or Failed"),
+        (by_row, "by_row: the outcomes depend on row order"),
+        (sorting, "sorting: changed the rollouts it was given"),
+        (rewriting, "rewriting: changed the rollouts it was given"),
+        (Moody(), "Moody: a second call on the same rollouts gave other outcomes"),
+        (
+            paying_for_copies,
+            "paying_for_copies: the order as given gets 1, the best answer 0 when the target .* place 3",
+        ),
+        (paying_the_unread, "paying_the_unread: an answer that cannot be read gets 5, the best answer 0 when"),
+    ],
+)
+def test_a_broken_reward_is_told_what_is_wrong(broken: RewardFn, fault: str) -> None:
+    with pytest.raises(AssertionError, match=fault):
+        check_reward(broken)
+
+
+def test_an_honest_reward_passes_also_on_rollouts_of_ones_own() -> None:
+    from rerankkit.testing import make_example
+
+    check_reward(places)
+    check_reward(places, rollouts=[make_rollout(make_example(1))])
+
+
+# tokenizers
+
+
+@pytest.mark.parametrize("name", ["residual-kmeans", "rqvae"])
+def test_tokenizers_pass(name: str) -> None:
+    from rerankkit import RunInfo, load_plugins
+
+    spec = load_plugins().part("tokenizer", name, "here")
+    few = {"levels": 2, "codes": 8, **({"epochs": 1, "min_steps": 5} if name == "rqvae" else {})}
+    check_tokenizer(spec.build(spec.config(**few), RunInfo()))
+
+
+class Counting:
+    """An honest tokenizer: items are numbered in the order they are met."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return (8, 8)
+
+    def fit(self, catalog: Catalog) -> None:
+        self.numbers = {item.item_id: number for number, item in enumerate(catalog.items)}
+
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        return np.array([divmod(self.numbers[item.item_id], 8) for item in catalog.items], dtype=np.int64)
+
+    def save(self, folder: Path) -> None:
+        (folder / "numbers.json").write_text(json.dumps(self.numbers))
+
+    def load(self, folder: Path) -> None:
+        self.numbers = json.loads((folder / "numbers.json").read_text())
+
+
+class Forgetful(Counting):
+    def save(self, folder: Path) -> None:
+        (folder / "numbers.json").write_text(json.dumps(dict.fromkeys(self.numbers, 0)))
+
+
+class ByRow(Counting):
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        return np.array([divmod(row, 8) for row in range(len(catalog.items))], dtype=np.int64)
+
+
+class Overflowing(Counting):
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return (4, 8)
+
+
+class Flat(Counting):
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        return super().encode(catalog)[:, :1]
+
+
+class Restless(Counting):
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        codes = super().encode(catalog)
+        self.numbers = {name: (number + 1) % 64 for name, number in self.numbers.items()}
+        return codes
+
+
+class Pickling(Counting):
+    def save(self, folder: Path) -> None:
+        (folder / "numbers.bin").write_bytes(pickle.dumps(self.numbers))
+
+
+class Fractional(Counting):
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        return super().encode(catalog) / 2
+
+
+def test_an_honest_tokenizer_passes() -> None:
+    check_tokenizer(Counting())
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        (Forgetful, "Forgetful: SIDs differ after save and load"),
+        (ByRow, "ByRow: an item's SID depends on which others are encoded with it, or on their order"),
+        (Overflowing, r"Overflowing: a code lies outside its level's range; sizes \(4, 8\), codes from 0 to 7"),
+        (Flat, r"Flat: codes of shape \(48, 1\) instead of \(48, 2\)"),
+        (Restless, "Restless: encode gave other SIDs the second time"),
+        (Pickling, r"Pickling: save wrote a pickle \(numbers.bin\)"),
+        (Fractional, "Fractional: codes are float64, not integers"),
+    ],
+)
+def test_a_broken_tokenizer_is_told_what_is_wrong(broken: Callable[[], Counting], fault: str) -> None:
+    with pytest.raises(AssertionError, match=fault):
+        check_tokenizer(broken())
+
+
+# teachers
+
+
+@pytest.mark.parametrize("name", ["rejection", "targeted"])
+def test_teachers_pass(name: str) -> None:
+    from rerankkit import RunInfo, load_plugins
+
+    spec = load_plugins().part("teacher", name, "here")
+    check_teacher(spec.build(spec.config(), RunInfo()))
+
+
+@dataclass
+class Teacher:
+    """An honest teacher that changes every answer by `spoil`."""
+
+    spoil: Callable[[list[Trace | TraceFailure]], list[Trace | TraceFailure]]
+
+    def write(self, examples: Sequence[RerankExample], info: RunInfo) -> Iterator[Trace | TraceFailure]:
+        answers: list[Trace | TraceFailure] = []
+        for example in examples:
+            if example.target_index is None:
+                answers.append(TraceFailure(example.example_id, "nothing to teach"))
+            else:
+                order = tuple(sorted(range(len(example.candidates)), key=lambda i: -example.relevance[i]))
+                answers.append(Trace(example.example_id, "It fits.", order, {"by": "test"}))
+        yield from self.spoil(answers)
+
+
+def first(**changes: object) -> Callable[[list[Trace | TraceFailure]], list[Trace | TraceFailure]]:
+    return lambda answers: [replace(answers[0], **changes), *answers[1:]]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda answers: answers[1:], r"no answer for \['user0/3'\]"),
+        (lambda answers: [*answers, answers[0]], r"answered \['user0/3'\] more than once"),
+        (first(example_id="who?"), r"answered \['who\?'\], which nobody asked"),
+        (first(order=(0, 0, 1)), r"the order for user0/3 is \(0, 0, 1\); it must hold each of the 10 places once"),
+        (first(reasoning=" "), "a trace for user0/3 without reasoning"),
+        (first(provenance={"attempt": 3}), "provenance holds other things than text"),
+        (lambda answers: [*answers[:-1], replace(answers[-1], reason="")], "a failure for userNone/3 gives no reason"),
+        (lambda answers: [None, *answers[1:]], "yielded None; an answer is Trace or TraceFailure"),
+    ],
+)
+def test_a_broken_teacher_is_told_what_is_wrong(spoil: Callable[..., list[Trace | TraceFailure]], fault: str) -> None:
+    with pytest.raises(AssertionError, match=f"Teacher: {fault}"):
+        check_teacher(Teacher(spoil))
+
+
+def test_an_honest_teacher_passes() -> None:
+    check_teacher(Teacher(lambda answers: answers))
