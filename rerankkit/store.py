@@ -114,7 +114,7 @@ class RunFolder:
             work.mkdir(parents=True)
             write_json(work / "stage.json", {"name": name, "fingerprint": fingerprint})
         drop_half_line(self.path / "metrics.jsonl")
-        self.announce(name, "continued" if continued else "started", 0.0)
+        self._tell(name, "continued" if continued else "started", 0.0)
         started = time.monotonic()
         info = self.info(name, work)
         result = make(*[self._ready(argument, info) for argument in arguments], info=info)
@@ -127,8 +127,14 @@ class RunFolder:
 
         publish(folder, write)
         shutil.rmtree(work, ignore_errors=True)
-        self.announce(name, "done", seconds)
+        self._tell(name, "done", seconds)
         return artifact
+
+    def _tell(self, name: str, state: str, seconds: float) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{now}  {name}: {state}{f' after {seconds:.1f} s' if seconds else ''}\n")
+        self.announce(name, state, seconds)
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""

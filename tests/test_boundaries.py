@@ -31,6 +31,7 @@ LAYERS = {
     "testing": 6,
     "pipeline": 7,
     "cli": 7,
+    "__main__": 8,
 }
 """Part of rerankkit -> its height. A module imports what lies lower, and from its own part."""
 

@@ -70,7 +70,7 @@ def faults(path: Path, text: str, *overrides: str) -> list[str]:
         ("[policy.prompt]\nfields = ['titel']\n", "2: policy.prompt.fields.0: 'titel' cannot be used; |mean 'title'?"),
         ("[policy]\nhidden_size = 30\n", "1: policy: hidden_size must be a multiple of 2 * num_heads, and"),
         (
-            "[midtrain.mix]\nsequence = 0\ncaption = 0\npersona = 0\nlanguage = 0\n",
+            "[midtrain.mix]\n" + "".join(f"{task} = 0\n" for task in c.TaskMix.model_fields),
             "1: midtrain.mix: all shares are 0; ",
         ),
         ("[optimizer]\noverlong_buffer = 300\n", "1: optimizer: overlong_buffer is 300, more than max_new_tokens."),

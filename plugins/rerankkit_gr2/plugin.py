@@ -20,7 +20,7 @@ def rerankkit_register(register: Register) -> None:
     register.teachers.add("rejection", s.RejectionConfig, rejection)
     register.teachers.add("targeted", s.TargetedConfig, targeted)
     register.rewards.add("gr2", s.RewardConfig, conditional)
-    register.rewards.add("gr2-unconditional", s.RewardConfig, unconditional)
+    register.rewards.add("gr2-unconditional", s.UnconditionalConfig, unconditional)
     register.rewards.add("rank-promotion", s.RankPromotionConfig, rank_promotion)
     register.rewards.add("format", s.FormatConfig, format_only)
     register.rewards.add("ndcg", s.NdcgConfig, ndcg)
@@ -66,7 +66,7 @@ def conditional(config: s.RewardConfig, info: RunInfo) -> RewardFn:
     return gr2(config.format_weight, config.unparsable)
 
 
-def unconditional(config: s.RewardConfig, info: RunInfo) -> RewardFn:
+def unconditional(config: s.UnconditionalConfig, info: RunInfo) -> RewardFn:
     """`gr2-unconditional`"""
     from rerankkit_gr2.rewards import gr2_unconditional
 

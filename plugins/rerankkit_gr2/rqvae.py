@@ -24,7 +24,7 @@ class Training:
     epochs: int
     min_steps: int
     batch_size: int
-    lr: float
+    learning_rate: float
     ema: bool
     decay: float
     kmeans_init: bool
@@ -86,7 +86,7 @@ def train(embeddings: NDArray[np.float32], net: RqVaeNet, how: Training) -> None
     net.codebooks.requires_grad_(not how.ema)
     if how.kmeans_init:
         _init_codebooks(net, embeddings, how, rng)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=how.lr, fused=True)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=how.learning_rate, fused=True)
     unused = torch.zeros(net.codebooks.shape[:2], dtype=torch.long)  # [L, C] batches since a code was last used
     batch_size = min(how.batch_size, num_items)
     batches = -(-num_items // batch_size)

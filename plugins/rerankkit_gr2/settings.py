@@ -39,7 +39,7 @@ class RqVaeConfig(PluginConfig):
     """A small catalogue gets more passes, until it has made this many batches."""
     batch_size: PositiveInt = 256
     """Items in a batch."""
-    lr: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Learning rate of encoder and decoder."""
     commitment: NonNegativeFloat = 0.25
     """Weight of the commitment loss."""
@@ -119,12 +119,16 @@ class RejectionConfig(TargetedConfig):
 
 
 class RewardConfig(PluginConfig):
-    """GR2's reward, conditional or not."""
+    """GR2's conditional reward: R_rank + a * R_fmt if the target moved up (or stayed first), else R_rank."""
 
     format_weight: NonNegativeFloat = 0.2
     """a in R = R_rank + a * R_fmt (the diffusion paper's value; GR2's own is not known)."""
     unparsable: float = -1.0
     """Rank reward of an answer that cannot be read (likewise)."""
+
+
+class UnconditionalConfig(RewardConfig):
+    """The ablation that copying the input order hacks: R_rank + a * R_fmt, always."""
 
 
 class RankPromotionConfig(PluginConfig):

@@ -150,7 +150,7 @@ class RqVae:
     min_steps: int = 400
     """A small catalogue gets more epochs, until it has seen this many batches."""
     batch_size: int = 256
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     commitment: float = 0.25
     kmeans_init: bool = True
     ema: bool = True

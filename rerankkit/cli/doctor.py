@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def add_to(verbs: Any) -> None:
+    """`rerankkit doctor`"""
+    parser = verbs.add_parser("doctor", help="check this machine", description=doctor.__doc__, allow_abbrev=False)
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+    parser.set_defaults(do=doctor)
+
+
+def doctor(as_json: bool) -> int:
     """Check this machine: versions, processor, memory, devices, plugins; exit code 1 if something is wrong."""
     import importlib
     import os
@@ -39,15 +44,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         if plugin.error or plugin.warning:
             problems.append(f"plugin {plugin.name}: {plugin.error or plugin.warning}")
     if as_json:
-        typer.echo(json.dumps({"facts": facts, "problems": problems}))
+        print(json.dumps({"facts": facts, "problems": problems}))
     else:
         for name, value in facts.items():
-            typer.echo(f"{name:<24}{', '.join(value) if isinstance(value, list) else value}")
+            print(f"{name:<24}{', '.join(value) if isinstance(value, list) else value}")
         for problem in problems:
-            typer.echo(f"problem: {problem}")
-        typer.echo("\nall is well" if not problems else "")
-    if problems:
-        raise typer.Exit(1)
+            print(f"problem: {problem}")
+        print("\nall is well" if not problems else "")
+    return 1 if problems else 0
 
 
 def _cpu_has(flag: str) -> bool:

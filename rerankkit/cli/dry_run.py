@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from rerankkit.config import PretrainedPolicy, RunConfig, ScratchPolicy, WorldData
 from rerankkit.run import plan
 
@@ -28,22 +26,22 @@ def describe(config: RunConfig, out: Path, until: str, as_json: bool) -> None:
         **sizes,
     }
     if as_json:
-        typer.echo(json.dumps(found))
+        print(json.dumps(found))
         return
-    typer.echo(json.dumps(found["config"], indent=2))
-    typer.echo(f"\nrun folder  {out}")
+    print(json.dumps(found["config"], indent=2))
+    print(f"\nrun folder  {out}")
     for stage in found["stages"]:
-        typer.echo(f"  {stage['state']:<11}{stage['name']}")
+        print(f"  {stage['state']:<11}{stage['name']}")
     for source, digest in digests.items():
-        typer.echo(f"table       {source}  sha256 {digest[:12]}")
+        print(f"table       {source}  sha256 {digest[:12]}")
     if sizes["parameters"]:
-        typer.echo(f"policy      about {sizes['parameters'] / 1e6:.1f}M parameters")
-        typer.echo(
+        print(f"policy      about {sizes['parameters'] / 1e6:.1f}M parameters")
+        print(
             f"memory      about {sizes['peak_memory_gib']:.1f} GiB at the peak (weights, gradients, Adam, activations)"
         )
     else:
-        typer.echo(f"policy      {sizes['note']}")
-    typer.echo("nothing was written")
+        print(f"policy      {sizes['note']}")
+    print("nothing was written")
 
 
 def policy_size(policy: ScratchPolicy | PretrainedPolicy, num_codes: int) -> dict[str, Any]:

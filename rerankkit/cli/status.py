@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 
-def status(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def add_to(verbs: Any) -> None:
+    """`rerankkit status RUN`"""
+    parser = verbs.add_parser("status", help="show how far a run is", description=status.__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+    parser.set_defaults(do=status)
+
+
+def status(run: Path, as_json: bool) -> None:
     """Show which stages of a run are done, which is under way, and who is at work on it."""
+    from dataclasses import asdict
+
     from rerankkit.cli.console import duration
     from rerankkit.run import STAGES
     from rerankkit.store import holder_of, read_status
@@ -23,16 +27,16 @@ def status(
     finished = (run / "report.json").exists()
     if as_json:
         rows = [asdict(stage) for stage in stages.values()]
-        typer.echo(json.dumps({"run": str(run), "stages": rows, "report": finished, "holder": holder}))
+        print(json.dumps({"run": str(run), "stages": rows, "report": finished, "holder": holder}))
         return
     for name in STAGES:
         found = stages.get(name)
         state = found.state if found else "to do"
         detail = duration(found.seconds) if found and found.seconds is not None else ""
         detail = f"step {found.step}" if found and found.step is not None else detail
-        typer.echo(f"{state:<11}{name:<16}{detail}".rstrip())
-    typer.echo(f"{'done' if finished else 'to do':<11}report")
+        print(f"{state:<11}{name:<16}{detail}".rstrip())
+    print(f"{'done' if finished else 'to do':<11}report")
     if holder:
-        typer.echo(f"at work: process {holder['pid']} on {holder['host']}")
+        print(f"at work: process {holder['pid']} on {holder['host']}")
     elif not finished:
-        typer.echo("nobody is at work on it; `rerankkit run` with its config.json goes on from here")
+        print("nobody is at work on it; `rerankkit run` with its config.json goes on from here")

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeAlias
 
@@ -96,14 +97,14 @@ def read_interactions(
         {
             "user_id": [as_id(value) for value in raw.columns[names["user_id"]]],
             "item_id": [as_id(value) for value in raw.columns[names["item_id"]]],
-            "timestamp": _numbers(raw.columns[names["timestamp"]]),
+            "timestamp": np.array([_time(value) for value in raw.columns[names["timestamp"]]], dtype=np.float64),
             "rating": _numbers(raw.columns[names["rating"]]) if "rating" in names else np.nan,
         }
     )
     reasons = {
         "no user_id": frame["user_id"] == "",
         "no item_id": frame["item_id"] == "",
-        f"{names['timestamp']} is not a finite number": ~np.isfinite(frame["timestamp"]),
+        f"{names['timestamp']} is neither a finite number nor an ISO date": ~np.isfinite(frame["timestamp"]),
     }
     if "rating" in names:
         given = np.array([not _is_missing(value) for value in raw.columns[names["rating"]]], dtype=bool)
@@ -125,7 +126,7 @@ def read_items(
     raw = _read(source, ITEM_ALIASES, columns or {})
     names = _resolve(raw, ITEM_ALIASES, columns or {}, required=("item_id",))
     if not {"title", "keywords", "categories", "brand"} & names.keys():
-        raise DataError(_missing_column(raw, "title", ITEM_ALIASES["title"]))
+        raise DataError(_missing_column(raw, "title", ITEM_ALIASES))
     size = len(raw.lines)
 
     def values(name: str) -> list[Any]:
@@ -166,7 +167,7 @@ def read_items(
 def _read(source: str | Path, aliases: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> _Raw:
     for name in columns:
         if name not in aliases:
-            raise DataError(f"data.columns: {name!r} is none of our columns; {did_you_mean(name, aliases)}")
+            raise DataError(f"{_key(aliases)}: {name!r} is none of our columns; {did_you_mean(name, aliases)}")
     wanted = {alias for group in aliases.values() for alias in group} | set(columns.values())
     if str(source).startswith("hf://"):
         return _read_hub(str(source), wanted)
@@ -346,7 +347,7 @@ def _resolve(
         if name in columns:
             if columns[name] not in raw.found:
                 raise DataError(
-                    f"{raw.source}: data.columns.{name} = {columns[name]!r}, but there is no such column; "
+                    f"{raw.source}: {_key(aliases)}.{name} = {columns[name]!r}, but there is no such column; "
                     f"{did_you_mean(columns[name], raw.found)}"
                 )
             names[name] = columns[name]
@@ -354,15 +355,20 @@ def _resolve(
             names[name] = hit
     for name in required:
         if name not in names:
-            raise DataError(_missing_column(raw, name, aliases[name]))
+            raise DataError(_missing_column(raw, name, aliases))
     return names
 
 
-def _missing_column(raw: _Raw, name: str, tried: Iterable[str]) -> str:
+def _missing_column(raw: _Raw, name: str, aliases: Mapping[str, tuple[str, ...]]) -> str:
     return (
-        f"{raw.source}: no column for {name}; tried {', '.join(tried)}; {did_you_mean(name, raw.found)} "
-        f'Say which it is: data.columns.{name} = "..."'
+        f"{raw.source}: no column for {name}; tried {', '.join(aliases[name])}; {did_you_mean(name, raw.found)} "
+        f'Say which it is: {_key(aliases)}.{name} = "..."'
     )
+
+
+def _key(aliases: Mapping[str, tuple[str, ...]]) -> str:
+    """Where a config maps these columns."""
+    return "data.columns" if aliases is INTERACTION_ALIASES else "data.item_columns"
 
 
 def _without_bad(
@@ -427,6 +433,20 @@ def _number(value: Any) -> float:
         return float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def _time(value: Any) -> float:
+    """Seconds since 1970 of a date or an ISO text of one (UTC unless it says otherwise); numbers as they are."""
+    if isinstance(value, str) and math.isnan(_number(value)):
+        try:
+            value = datetime.fromisoformat(value.strip())
+        except ValueError:
+            return math.nan
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return _number(value)
 
 
 def _text(value: Any) -> str:

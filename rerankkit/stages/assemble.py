@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rerankkit.config import KnnLists, PolicyLists, PopularityLists, RunConfig, WorldData
 from rerankkit.errors import RunFailed
 from rerankkit.stages.compare import save_rankings
-from rerankkit.stages.report import build_report, choose_examples, example_card, summarise, write_report
+from rerankkit.stages.report import build_report, choose_examples, example_card, plain, summarise, write_report
 from rerankkit.store import Artifact, RunFolder, manifest, read_metrics, write_json
 from rerankkit.types import Ranking, RerankExample, SidSurface
 
@@ -44,7 +44,7 @@ def report_run(
     record = manifest(config)
     report = build_report(
         summary,
-        title=f"rerankkit: {folder.path.name}" if isinstance(config.data, WorldData) else "rerankkit",
+        title="Re-ranking the simulated shop" if isinstance(config.data, WorldData) else "Re-ranking",
         protocol=candidates.protocol("test"),
         lists_digest=candidates.digest,
         caveats=_caveats(config),
@@ -66,7 +66,7 @@ def report_run(
     )
     if folder.hooks is not None:
         sections = [section for section in folder.hooks.rerankkit_report(report=report) if section]
-        report["sections"] = {heading: text for section in sections for heading, text in section.items()}
+        report["sections"] = plain({heading: text for section in sections for heading, text in section.items()})
     shown = choose_examples(examples, systems["rl"], seed=config.seed)
     columns = [name for name in ("sft", "rl") if name in answers]
     cards = [

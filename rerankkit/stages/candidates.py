@@ -64,6 +64,7 @@ def _by_policy(config: PolicyLists, dataset: Dataset, sids: SidMap, policy: Poli
     """The paper's lists: the mid-trained policy's best items, by beam search over the catalogue's trie."""
     import torch
 
+    from rerankkit.data.prerank_base import seeded_hash
     from rerankkit.data.prerankers import from_scores
     from rerankkit.lm import beam_sids, build_trie
     from rerankkit.text.prompts import sequence_prompt
@@ -73,6 +74,8 @@ def _by_policy(config: PolicyLists, dataset: Dataset, sids: SidMap, policy: Poli
     holders: dict[tuple[int, ...], list[str]] = {}
     for item_id, sid in sids.sids.items():
         holders.setdefault(sid, []).append(item_id)
+    for sharing in holders.values():  # items of one SID tie: a seeded order, never the catalogue's
+        sharing.sort(key=lambda item_id: seeded_hash(info.seed, item_id))
 
     def rank(histories: Sequence[Sequence[str]]) -> list[tuple[list[str], list[float]]]:
         prompts = [

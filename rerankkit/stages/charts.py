@@ -185,7 +185,9 @@ def _range(values: Sequence[float], span: tuple[float, float] | None, margin: fl
     low, high = low - air, high + air
     if span is None:
         return low, high
-    return (span[0] if low + air >= span[0] else low), (span[1] if high - air <= span[1] else high)
+    low = span[0] if low + air >= span[0] else low
+    high = span[1] if high - air <= span[1] else high
+    return (low, high) if high > low else (low, low + 1.0)
 
 
 def _step(low: float, high: float, count: int) -> float:

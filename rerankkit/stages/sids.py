@@ -74,10 +74,13 @@ def draw_sids(tokenizer: Tokenizer, embeddings: Embeddings, dataset: Dataset, *,
     tokenizer.fit(catalog)
     codes = np.asarray(tokenizer.encode(catalog))
     sizes = tuple(tokenizer.codebook_sizes)
-    if codes.shape != (len(catalog.items), len(sizes)) or (codes < 0).any() or (codes >= np.array(sizes)).any():
+    fits = codes.shape == (len(catalog.items), len(sizes)) and np.issubdtype(codes.dtype, np.integer)
+    if not fits or (codes < 0).any() or (codes >= np.array(sizes)).any():
+        values = f"from {codes.min()} to {codes.max()}" if codes.size else "none"
         raise RunFailed(
-            f"tokenizer: encode gave codes of shape {codes.shape} in [{codes.min()}, {codes.max()}]; "
-            f"expected [{len(catalog.items)}, {len(sizes)}] below the codebook sizes {sizes}. Its plugin is at fault."
+            f"tokenizer: encode gave codes of shape {codes.shape}, {codes.dtype} {values}; "
+            f"expected whole numbers [{len(catalog.items)}, {len(sizes)}] below the codebook sizes {sizes}. "
+            "Its plugin is at fault."
         )
     sids = {item.item_id: tuple(map(int, row)) for item, row in zip(catalog.items, codes, strict=True)}
     return SidMap(sids, sizes, sid_scorecard(codes, sizes), tokenizer)
@@ -92,7 +95,9 @@ def make_catalog(embeddings: Embeddings, dataset: Dataset, info: RunInfo) -> Cat
         [item_text(item) for item in dataset.items],
         use=embeddings.use,
         model=embeddings.model,
-        path=embeddings.path,
+        device=info.device,
+        path=embeddings.path or None,
+        item_ids=[item.item_id for item in dataset.items],
         dim=embeddings.dim,
         seed=info.seed,
     )

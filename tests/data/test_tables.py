@@ -67,7 +67,7 @@ def test_malformed_rows_are_refused_by_file_and_line_or_skipped_and_counted(tmp_
     assert "4 of 6 rows are malformed" in message
     assert f"{path}:3: 2 fields instead of 3: u1,i2" in message
     assert f"{path}:4: no user_id" in message
-    assert f"{path}:5: timestamp is not a finite number" in message and "i,4" in message
+    assert f"{path}:5: timestamp is neither a finite number nor an ISO date" in message and "i,4" in message
     assert 'data.on_bad_row = "skip"' in message
 
     frame, bad = read_interactions(path, on_bad_row="skip")
@@ -259,3 +259,12 @@ def test_any_bytes_after_a_header_are_rows_bad_rows_or_a_data_error(
         assert len(frame) + bad.count == bad.num_rows
         assert all(line.isprintable() for line in bad.first)
         frame["user_id"].str.encode("utf-8")  # what is kept can be written
+
+
+def test_iso_dates_order_a_history(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "user_id,item_id,timestamp\nu,a,1970-01-02\nu,b,1970-01-01T00:00:01\nu,c,1970-01-01T01:00:00+01:00\n"
+    )
+    table, _ = read_interactions(path)
+    assert table["timestamp"].tolist() == [86400.0, 1.0, 0.0]

@@ -85,7 +85,9 @@ def test_a_batch_depends_on_its_dice_alone_and_is_about_as_large_as_asked(shop: 
 
 
 def test_tasks_come_in_their_shares(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = drawer(shop, Midtrain(mix=TaskMix(**{n: 0.0 for n in TaskMix.model_fields} | {"caption": 3, "language": 1})))
+    draw = drawer(
+        shop, Midtrain(mix=TaskMix(**dict.fromkeys(TaskMix.model_fields, 0.0) | {"caption": 3, "language": 1}))
+    )
     counts: Counter[str] = Counter()
     document = draw._document
 

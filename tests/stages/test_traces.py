@@ -116,5 +116,5 @@ def test_an_answer_to_what_was_not_asked_is_the_teachers_fault(shop: Shop, info:
 
 
 def test_no_trace_at_all_is_a_failure_with_the_commonest_reason(shop: Shop, info: RunInfo) -> None:
-    with pytest.raises(RunFailed, match="no trace was kept out of .* asks; commonest reason: no idea"):
+    with pytest.raises(RunFailed, match=r"no trace was kept out of .* asks; commonest reason: no idea"):
         write(Scripted(frozenset(ids(shop))), shop, info)

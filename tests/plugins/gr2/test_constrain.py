@@ -29,7 +29,7 @@ def test_a_step_counts_what_was_chosen(constrain: bool) -> None:
         patch.object(dapo, "loss_denominator", wraps=loss_denominator) as denominator,
         patch.object(dapo, "policy_loss", wraps=policy_loss) as loss,
     ):
-        examples = [make_example("a"), make_example("b")]
+        examples = [make_example(example_id="a"), make_example(example_id="b")]
         reward = first if constrain else (lambda rollouts: [Reward(float(i)) for i in range(len(rollouts))])
         (report,) = dapo.GroupOptimizer(config, PRESETS["dapo"]).optimize(make_policy(), examples, reward, RunInfo())
 

@@ -225,7 +225,7 @@ def test_without_reassignment_copies_share() -> None:
 # RQ-VAE
 
 HOW = Training(
-    epochs=1, min_steps=1, batch_size=4, lr=1e-3, ema=True, decay=0.9, kmeans_init=False, diversity=0.0,
+    epochs=1, min_steps=1, batch_size=4, learning_rate=1e-3, ema=True, decay=0.9, kmeans_init=False, diversity=0.0,
     dead_code_reset=0, commitment=0.25, seed=0,
 )  # fmt: skip
 

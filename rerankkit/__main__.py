@@ -1,0 +1,5 @@
+"""`python -m rerankkit` is `rerankkit`."""
+
+from rerankkit.cli import main
+
+main()

@@ -1,0 +1,114 @@
+"""The pipeline from end to end, in real processes: it ends, it is skipped, it survives being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny.toml"
+SYSTEMS = ["pre-rank", "mid-train", "sft", "rl"]
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rerankkit", "run", str(TINY), "--out", str(out), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run that every test here may look at and none may change."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    finish(start(out))
+    return out
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def test_a_run_ends_in_a_report_of_every_system(undisturbed: Path) -> None:
+    report = report_of(undisturbed)
+    names = [row["name"] for row in report["rows"]]
+    assert [name for name in names if name in SYSTEMS] == SYSTEMS and {"oracle", "ceiling"} < set(names)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["oracle"]["metrics"]["R@1"] == 1.0
+    assert rows["pre-rank"]["identity_rate"] == 1.0 and rows["pre-rank"]["kendall_tau"] == 1.0
+    # Answers are decoded under the permutation mask, so even this untrained policy's are complete.
+    assert rows["rl"]["invalid_rate"] == 0.0 and rows["rl"]["identity_rate"] < 1.0
+    assert {"a", "b", "metric", "difference", "low", "high"} == set(report["comparisons"][0])
+    page = (undisturbed / "report.html").read_text()
+    assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert len(list((undisturbed / "completions").glob("*.parquet"))) == 6
+    assert (undisturbed / "trec" / "test.qrels").exists()
+
+
+def test_a_second_run_finds_everything_done(undisturbed: Path) -> None:
+    before = (undisturbed / "report.json").read_bytes()
+    _, err = finish(start(undisturbed))
+    assert "started" not in err and err.count("skipped") == 10
+    assert (undisturbed / "report.json").read_bytes() == before
+
+
+def test_a_changed_setting_redoes_its_stage_and_what_follows(undisturbed: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(undisturbed), str(copy)], check=True)
+    _, err = finish(start(copy, "optimizer.steps=1"))
+    redone = [line.split()[1] for line in err.splitlines() if line.startswith("started")]
+    assert redone == ["rl", "rank-rl"]
+
+
+def test_a_second_process_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
+    first = start(tmp_path / "run")
+    while not (tmp_path / "run" / "holder.json").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    _, err = finish(start(tmp_path / "run"), code=2)
+    assert f"in use by process {first.pid}" in err
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_it_ends_with_the_same_report(undisturbed: Path, tmp_path: Path) -> None:
+    moments = random.Random(20)
+    out = tmp_path / "killed"
+    kills = 0
+    while kills < 10:
+        process = start(out)
+        # The clock starts when the folder is locked, so that kills fall into the work and not into imports.
+        while process.poll() is None and not (out / "holder.json").exists():
+            time.sleep(0.02)
+        try:
+            process.wait(timeout=moments.uniform(0.2, 5.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+        (out / "holder.json").unlink(missing_ok=True)
+        kills += 1
+        if process.returncode == 0:  # it got through: begin again, so that all ten kills hit something
+            subprocess.run(["rm", "-rf", str(out)], check=True)
+    finish(start(out))
+    assert (out / "report.json").read_bytes() == (undisturbed / "report.json").read_bytes()
