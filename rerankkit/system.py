@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,8 @@ Track = Callable[[Mapping[str, float]], None]
 def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
     """Set torch up and give (device, what to tell trackers). Raises UsageError for what this version cannot do."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars, some of which listen to nothing else
     import torch
     import transformers
 

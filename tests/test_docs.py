@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
-from rerankkit.cli import parse, parser
-from rerankkit.cli.run import run
+from rerankkit.cli import app
 from rerankkit.config import load_config, make_config
 from rerankkit.plugins import HookSpecs, load_plugins
 
@@ -110,12 +110,13 @@ def _is_config(text: str) -> bool:
 
 @by_page
 def test_commands_exist(page: Path, folder: Path) -> None:
+    group: Any = get_command(app)
     for block in blocks(page):
         for line in commands(block):
             for part in re.split(r"&&|\|\|?|;", line):
                 words = shlex.split(part, comments=True)
                 if words[:1] == ["rerankkit"]:
-                    _check_command(words[1:], f"{page.name}:{block.line}: {line}")
+                    _check_command(group, words[1:], f"{page.name}:{block.line}: {line}")
                 elif len(words) > 1 and words[0] == "python" and words[1].endswith(".py"):
                     assert (ROOT / words[1]).is_file(), f"{page.name}: {line}"
 
@@ -124,16 +125,22 @@ def commands(block: Block) -> list[str]:
     return [line[2:] for line in block.text.splitlines() if block.language == "console" and line.startswith("$ ")]
 
 
-def _check_command(words: list[str], where: str) -> None:
-    if words[-1:] == ["--help"]:
-        words = words[:-1]
-    if words:
-        try:
-            asked = parse(words)
-        except SystemExit as error:
-            raise AssertionError(f"{where}: no such call") from error
-        if asked.do is run:
-            _check_run([str(asked.config), *asked.overrides], where)
+def _check_command(command: Any, words: list[str], where: str) -> None:
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"{where}: no verb {words[0]!r}"
+        command, words = command.commands[words[0]], words[1:]
+    options = {name: parameter for parameter in command.params for name in parameter.opts}
+    positional = []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            assert word == "--help" or word in options, f"{where}: no option {word}"
+            if word != "--help" and not options[word].is_flag:
+                words.pop(0)
+        else:
+            positional.append(word)
+    if command.name == "run" and positional:
+        _check_run(positional, where)
 
 
 def _check_run(positional: list[str], where: str) -> None:
@@ -170,11 +177,12 @@ def test_every_hook_is_documented() -> None:
 
 
 def test_every_verb_is_documented() -> None:
+    group: Any = get_command(app)
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 
-    for verb in ["run", "status", "compare", "doctor", "plugins list", "plugins show"]:
-        assert verb.split()[0] in parser().format_help()
-        assert f"rerankkit {verb}" in text, f"no page shows `rerankkit {verb}`"
+    for name, command in group.commands.items():
+        for verb in [f"{name} {inner}" for inner in command.commands] if hasattr(command, "commands") else [name]:
+            assert f"rerankkit {verb}" in text, f"no page shows `rerankkit {verb}`"
 
 
 def test_the_config_reference_is_up_to_date() -> None:

@@ -273,12 +273,18 @@ def test_a_step_that_was_logged_twice_counts_the_last_time(tmp_path: Path) -> No
 def test_half_a_line_does_not_swallow_the_next_one(tmp_path: Path) -> None:
     def make(*, info: RunInfo) -> Note:
         info.log({"step": 2, "loss": 0.5})
+        if (tmp_path / "metrics.jsonl").read_text().count("\n") == 1:
+            raise RunFailed
         return Note("")
 
-    with open_run(tmp_path, CONFIG) as folder:
-        (tmp_path / "metrics.jsonl").write_text('{"stage": "y", "step": 1}\n{"stage": "x", "st')
+    with open_run(tmp_path, CONFIG) as folder, pytest.raises(RunFailed):
         folder.stage("x", make, Note.load)
-    assert [(r["stage"], r["step"]) for r in read_metrics(tmp_path)] == [("x", 2), ("y", 1)]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "x", "st')
+    with open_run(tmp_path, CONFIG) as folder:
+        folder.stage("x", make, Note.load)
+    line = '{"stage": "x", "step": 2, "loss": 0.5}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == 2 * line
 
 
 @pytest.mark.parametrize(("text", "left"), [("a\nb\n", "a\nb\n"), ("a\nb", "a\n"), ("a", ""), ("", "")])

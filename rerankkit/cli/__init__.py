@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from typing import Annotated
 
-from rerankkit import __version__
+import typer
+
 from rerankkit.cli import compare, doctor, plugins, run, status
 from rerankkit.errors import RerankkitError
 
+app = typer.Typer(
+    name="rerankkit",
+    help="Rerank with reasoning language models: semantic IDs, mid-training, traces, reinforcement, report.",
+    epilog="Start with: rerankkit run examples/configs/quickstart.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run")(run.run)
+app.command("status")(status.status)
+app.command("compare")(compare.compare)
+app.command("doctor")(doctor.doctor)
+app.add_typer(plugins.app, name="plugins")
 
-def parser() -> argparse.ArgumentParser:
-    """Every verb and its options."""
-    top = argparse.ArgumentParser(
-        prog="rerankkit",
-        description="Rerank with reasoning language models: semantic IDs, mid-training, reasoning traces, "
-        "reinforcement, report.",
-        epilog="Start with: rerankkit run examples/configs/quickstart.toml",
-        allow_abbrev=False,
-    )
-    top.add_argument("--version", action="version", version=__version__)
-    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (run, status, compare, doctor, plugins):
-        verb.add_to(verbs)
-    return top
 
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from rerankkit import __version__
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """What the user asks for: `do`, the verb's function, and its arguments. Exits with 2 if it is no call."""
-    top = parser()
-    asked, rest = top.parse_known_args(words or ["--help"])
-    # argparse ends a list of positionals at the first option: overrides that come after one are handed back.
-    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in asked):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        asked.overrides += rest
-    return asked
+        print(__version__)
+        raise typer.Exit()
 
 
 def main() -> None:
@@ -48,14 +44,10 @@ def main() -> None:
     gc.disable()
     atexit.register(gc.freeze)
     try:
-        asked = vars(parse(sys.argv[1:]))
-        sys.exit(asked.pop("do")(**asked))
+        app()
     except RerankkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # `rerankkit ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import typer
 
 
-def add_to(verbs: Any) -> None:
-    """`rerankkit compare RUN RUN`"""
-    parser = verbs.add_parser(
-        "compare", help="set two runs side by side", description=compare.__doc__, allow_abbrev=False
-    )
-    parser.add_argument("a", metavar="RUN_A", type=Path, help="a finished run's folder")
-    parser.add_argument("b", metavar="RUN_B", type=Path, help="another one")
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
-    parser.set_defaults(do=compare)
-
-
-def compare(a: Path, b: Path, as_json: bool) -> None:
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A finished run's folder.")],
+    b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Set two runs side by side: B minus A on the same test users, with paired 95% intervals."""
     from rerankkit.cli.console import print_comparison
     from rerankkit.errors import RunFolderError

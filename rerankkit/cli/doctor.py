@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import typer
 
 
-def add_to(verbs: Any) -> None:
-    """`rerankkit doctor`"""
-    parser = verbs.add_parser("doctor", help="check this machine", description=doctor.__doc__, allow_abbrev=False)
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
-    parser.set_defaults(do=doctor)
-
-
-def doctor(as_json: bool) -> int:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Check this machine: versions, processor, memory, devices, plugins; exit code 1 if something is wrong."""
     import importlib
     import os
@@ -51,7 +46,8 @@ def doctor(as_json: bool) -> int:
         for problem in problems:
             print(f"problem: {problem}")
         print("\nall is well" if not problems else "")
-    return 1 if problems else 0
+    if problems:
+        raise typer.Exit(1)
 
 
 def _cpu_has(flag: str) -> bool:

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="See the parts that are installed, and what each can be told.", no_args_is_help=True, rich_markup_mode=None
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Files = Annotated[list[str] | None, typer.Option("--file", metavar="FILE", help="Also load this single-file plugin.")]
 
 
-def add_to(verbs: Any) -> None:
-    """`rerankkit plugins list` and `rerankkit plugins show PART`"""
-    about = "See the parts that are installed, and what each can be told."
-    group = verbs.add_parser("plugins", help="see the parts that are installed", description=about, allow_abbrev=False)
-    inner = group.add_subparsers(title="verbs", metavar="VERB", required=True)
-    listing = inner.add_parser(
-        "list", help="list plugins and their parts", description=list_plugins.__doc__, allow_abbrev=False
-    )
-    showing = inner.add_parser("show", help="show a part's settings", description=show.__doc__, allow_abbrev=False)
-    showing.add_argument("name", metavar="PART", help="a part's name, or kind/name where several kinds share it")
-    for parser, do in ((listing, list_plugins), (showing, show)):
-        parser.add_argument(
-            "--file", metavar="FILE", action="append", default=[], help="also load this single-file plugin"
-        )
-        parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
-        parser.set_defaults(do=do)
-
-
-def list_plugins(file: list[str], as_json: bool) -> None:
+@app.command("list")
+def list_plugins(file: Files = None, as_json: Json = False) -> None:
     """List plugins and the parts they register; a broken plugin is listed with its error."""
     from dataclasses import asdict
 
     from rerankkit.plugins import load_plugins
 
-    found = load_plugins(file)
+    found = load_plugins(file or [])
     parts = [part for slot in found.register.slots() for part in slot.parts.values()]
     if as_json:
         rows = [
@@ -48,12 +39,17 @@ def list_plugins(file: list[str], as_json: bool) -> None:
                 print(f"  {part.kind:<10} {part.name:<20} {summary[0] if summary else ''}".rstrip())
 
 
-def show(name: str, file: list[str], as_json: bool) -> None:
+@app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(metavar="PART", help="A part's name, or kind/name where several share it.")],
+    file: Files = None,
+    as_json: Json = False,
+) -> None:
     """Show a part: whose it is, and every setting with its default and meaning."""
     from rerankkit.errors import PluginError, did_you_mean
     from rerankkit.plugins import describe_settings, load_plugins
 
-    found = load_plugins(file)
+    found = load_plugins(file or [])
     kind, _, short = name.rpartition("/")
     parts = [
         p for slot in found.register.slots() for p in slot.parts.values() if p.name == short and kind in ("", p.kind)

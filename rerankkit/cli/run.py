@@ -6,32 +6,29 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import typer
 
 
-def add_to(verbs: Any) -> None:
-    """`rerankkit run CONFIG [a.b=c ...]`"""
-    parser = verbs.add_parser("run", help="run a config, or continue", description=run.__doc__, allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a TOML config, or the config.json of a run")
-    parser.add_argument(
-        "overrides",
-        metavar="KEY=VALUE",
-        nargs="*",
-        help="settings to change, as block.key=value: sft.epochs=2 data.folder=tables",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="the run folder; by default runs/<the config's name>, or where the config.json lies",
-    )
-    parser.add_argument("--until", metavar="STAGE", default="", help="the last stage to do, for example sft")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print the report (or the dry run) as JSON")
-    parser.set_defaults(do=run)
-
-
-def run(config: Path, overrides: list[str], out: Path | None, until: str, dry_run: bool, as_json: bool) -> None:
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config, or the config.json of a run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Settings to change, as block.key=value: sft.epochs=2 data.folder=tables"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The run folder; by default runs/<the config's name>, or where the config.json lies."
+        ),
+    ] = None,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to do, for example sft.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report (or the dry run) as JSON.")] = False,
+) -> None:
     """Run a config from its tables to a report; run it again to continue, or to see that all is done."""
     from rerankkit.cli.console import print_table, progress_bar, stage_line
     from rerankkit.config import load_config, make_config, strings_in
@@ -40,7 +37,7 @@ def run(config: Path, overrides: list[str], out: Path | None, until: str, dry_ru
     from rerankkit.run import STAGES
     from rerankkit.store import check_free
 
-    raw, where = load_config(config, overrides)
+    raw, where = load_config(config, overrides or [])
     plugins = load_plugins(strings_in(raw.get("plugin_files")))
     for plugin in plugins.loaded:
         if plugin.error or plugin.warning:
@@ -59,17 +56,21 @@ def run(config: Path, overrides: list[str], out: Path | None, until: str, dry_ru
     from rerankkit.system import prepare
 
     gc.enable()
-    with progress_bar() as progress, prepare(resolved, folder) as (device, track):
-        report = run_pipeline(
-            resolved,
-            folder,
-            device=device,
-            progress=progress,
-            announce=lambda stage, state, seconds: stage_line(stage, state, seconds if state == "done" else None),
-            track=track,
-            hooks=plugins.hooks,
-            until=until,
-        )
+    try:
+        with progress_bar() as progress, prepare(resolved, folder) as (device, track):
+            report = run_pipeline(
+                resolved,
+                folder,
+                device=device,
+                progress=progress,
+                announce=lambda stage, state, seconds: stage_line(stage, state, seconds if state == "done" else None),
+                track=track,
+                hooks=plugins.hooks,
+                until=until,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
     if not report:
         print(f"stopped after {until}; run again without --until to go on", file=sys.stderr)
     elif as_json:

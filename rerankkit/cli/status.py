@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import typer
 
 
-def add_to(verbs: Any) -> None:
-    """`rerankkit status RUN`"""
-    parser = verbs.add_parser("status", help="show how far a run is", description=status.__doc__, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
-    parser.set_defaults(do=status)
-
-
-def status(run: Path, as_json: bool) -> None:
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Show which stages of a run are done, which is under way, and who is at work on it."""
     from dataclasses import asdict
 

@@ -48,8 +48,8 @@ def report_run(
         protocol=candidates.protocol("test"),
         lists_digest=candidates.digest,
         caveats=_caveats(config),
-        data={**dataset.notes, **{f"lists: {k}": v for k, v in candidates.notes.items() if not isinstance(v, list)}},
-        sids=sid_map.scorecard,
+        data=_notes(dataset, candidates),
+        sids=_scorecard(sid_map),
         teacher={
             "traces kept": len(written.kept),
             "asks without a trace": len(written.failures),
@@ -83,6 +83,27 @@ def report_run(
     write_json(folder.path / "manifest.json", {**record, "fingerprints": folder.fingerprints, **seconds})
     write_report(folder.path, report, read_metrics(folder.path), cards)
     return report
+
+
+def _notes(dataset: Dataset, candidates: CandidateLists) -> dict[str, Any]:
+    """What happened to the data, in words; what did not happen (zeros) is left out."""
+    lists = {f"lists: {name}": value for name, value in candidates.notes.items() if not isinstance(value, list)}
+    return {name.replace("_", " "): value for name, value in {**dataset.notes, **lists}.items() if value not in (0, "")}
+
+
+def _scorecard(sids: SidMap) -> dict[str, Any]:
+    card = sids.scorecard
+    levels = {
+        f"level {place}": f"{level['used']} of {level['size']} codes used, perplexity {level['perplexity']:.1f}"
+        for place, level in enumerate(card["levels"], start=1)
+    }
+    return {
+        "items": card["num_items"],
+        "distinct SIDs / items": card["distinct_share"],
+        "items with a SID of their own": card["own_share"],
+        "most items on one SID": card["largest_collision"],
+        **levels,
+    }
 
 
 def best_possible(config: WorldData, examples: list[RerankExample]) -> list[Ranking]:
