@@ -19,8 +19,9 @@ if TYPE_CHECKING:
         RunFolderError,
         UsageError,
     )
+    from rerankkit.part_config import PluginConfig
     from rerankkit.pipeline import Pipeline
-    from rerankkit.plugins import PluginConfig, Register, hookimpl, load_plugins
+    from rerankkit.plugins import Register, hookimpl, load_plugins
     from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
     from rerankkit.types import (
         Catalog,
@@ -47,7 +48,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": "ConfigError DataError PluginError RerankkitError RunFailed RunFolderError UsageError",
     "pipeline": "Pipeline",
-    "plugins": "PluginConfig Register hookimpl load_plugins",
+    "part_config": "PluginConfig",
+    "plugins": "Register hookimpl load_plugins",
     "protocols": "PolicyOptimizer RewardFn Teacher Tokenizer",
     "types": "Catalog Failed Interaction Item NotApplicable Outcome Parse Ranking RerankExample Reward Rollout RunInfo "
     "Sid SidSurface StepReport Trace TraceFailure",

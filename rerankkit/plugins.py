@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import pluggy
-from pydantic import BaseModel, ConfigDict
 
 from rerankkit.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
+    from rerankkit.part_config import PluginConfig as PluginConfig
+    from rerankkit.part_config import describe_settings as describe_settings
     from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
     from rerankkit.types import RunInfo, StepReport
 
@@ -39,16 +39,8 @@ hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
 
-class PluginConfig(BaseModel):
-    """Base of every part's settings: frozen, unknown keys refused, the string under a field is its documentation."""
-
-    # The strings under fields are read by `describe_settings` when somebody asks: pydantic's own way of reading them,
-    # and building validators at once, would double the time of `rerankkit plugins list`.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
-
-
 P = TypeVar("P")
-C = TypeVar("C", bound=PluginConfig)
+C = TypeVar("C", bound="PluginConfig")
 
 
 @dataclass(frozen=True)
@@ -57,11 +49,22 @@ class PartSpec(Generic[P]):
 
     kind: str
     name: str
-    config: type[PluginConfig]
-    build: Callable[[Any, RunInfo], P]
+    load: Callable[[], tuple[type[PluginConfig], Callable[[Any, RunInfo], P]]]
+    """Gives settings and builder; of a lazy part, by importing it."""
+    summary: str
     plugin: str
     distribution: str = ""
     version: str = ""
+
+    @property
+    def config(self) -> type[PluginConfig]:
+        """The class of its settings."""
+        return self.load()[0]
+
+    @property
+    def build(self) -> Callable[[Any, RunInfo], P]:
+        """Makes it, from settings and what there is to know about the run."""
+        return self.load()[1]
 
 
 @dataclass
@@ -77,18 +80,44 @@ class Slot(Generic[P]):
 
         Raises PluginError if the name is taken, or if a config could not reach a setting.
         """
+        _check_settings(self.kind, name, config)
+        summary = next(iter((config.__doc__ or "").strip().splitlines()), "")
+        self._put(name, lambda: (config, build), summary)
+
+    def lazy(self, name: str, where: str, summary: str) -> None:
+        """Offer the part that the function `where` ("module:function") builds; it is imported when it is looked at.
+
+        The function's parameter `config` is annotated with the class of its settings. For plugins of many parts, which
+        would otherwise slow every `rerankkit plugins list` down. Raises PluginError if the name is taken.
+        """
+        self._put(name, partial(_import_part, self.kind, name, where), summary)
+
+    def _put(self, name: str, load: Callable[[], Any], summary: str) -> None:
         plugin, distribution, version = self.owner
         if name in self.parts:
             raise PluginError(
                 f"two plugins register the {self.kind} {name!r}: {self.parts[name].plugin} and {plugin}. "
                 f"Rename one, uninstall one, or load only what you need with {ONLY}."
             )
-        if not (isinstance(config, type) and issubclass(config, PluginConfig)):
-            raise PluginError(f"{self.kind} {name!r}: its settings must be a subclass of PluginConfig, not {config!r}.")
-        reserved = {"use", "weight"} if self.kind == "reward" else {"use"}
-        if taken := sorted(reserved & config.model_fields.keys()):
-            raise PluginError(f"{self.kind} {name!r}: a block keeps {taken[0]!r} for itself; rename that setting.")
-        self.parts[name] = PartSpec(self.kind, name, config, build, plugin, distribution, version)
+        self.parts[name] = PartSpec(self.kind, name, load, summary, plugin, distribution, version)
+
+
+def _import_part(kind: str, name: str, where: str) -> tuple[Any, Any]:
+    module, _, function = where.partition(":")
+    build = getattr(importlib.import_module(module), function)
+    config = get_type_hints(build).get("config")
+    _check_settings(kind, name, config)
+    return config, build
+
+
+def _check_settings(kind: str, name: str, config: Any) -> None:
+    from rerankkit.part_config import PluginConfig
+
+    if not (isinstance(config, type) and issubclass(config, PluginConfig)):
+        raise PluginError(f"{kind} {name!r}: its settings must be a subclass of PluginConfig, not {config!r}.")
+    reserved = {"use", "weight"} if kind == "reward" else {"use"}
+    if taken := sorted(reserved & config.model_fields.keys()):
+        raise PluginError(f"{kind} {name!r}: a block keeps {taken[0]!r} for itself; rename that setting.")
 
 
 @dataclass
@@ -313,43 +342,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split()) + place
 
 
-def describe_settings(config: type[PluginConfig]) -> list[dict[str, str]]:
-    """name, type, default and documentation (the string under the field) of every setting."""
-    about = _field_documentation(config)
-    rows: list[dict[str, str]] = []
-    for name, setting in config.model_fields.items():
-        required = setting.is_required()
-        default = "required" if required else _shown(setting.get_default(call_default_factory=True))
-        kind = str(getattr(setting.annotation, "__name__", "")) if isinstance(setting.annotation, type) else ""
-        kind = kind or re.sub(r"\b\w+\.", "", str(setting.annotation))
-        documentation = setting.description or about.get(name, "")
-        rows.append({"name": name, "type": kind, "default": default, "documentation": documentation})
-    return rows
-
-
-def _field_documentation(config: type[PluginConfig]) -> dict[str, str]:
-    """Field -> the string literal under it, in the class or the nearest base that documents it."""
-    import ast
-    import inspect
-    import textwrap
-
-    found: dict[str, str] = {}
-    for owner in reversed(config.__mro__):
-        if not issubclass(owner, PluginConfig) or owner is PluginConfig:
-            continue
-        try:
-            [tree] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        except (OSError, ValueError, SyntaxError):
-            continue
-        for field_, text in pairwise(getattr(tree, "body", [])):
-            if isinstance(field_, ast.AnnAssign) and isinstance(field_.target, ast.Name) and isinstance(text, ast.Expr):
-                value = getattr(text.value, "value", None)
-                if isinstance(value, str):
-                    found[field_.target.id] = " ".join(value.split())
-    return found
-
-
-def _shown(value: Any) -> str:
-    import json
-
-    return json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value, default=str)
+def __getattr__(name: str) -> Any:
+    # Here for those who write plugins, but not before they are asked for: pydantic is half the time of a short verb.
+    if name not in ("PluginConfig", "describe_settings"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("rerankkit.part_config"), name)

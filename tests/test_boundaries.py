@@ -20,6 +20,7 @@ LAYERS = {
     "math": 0,
     "protocols": 1,
     "text": 1,
+    "part_config": 1,
     "plugins": 2,
     "config": 3,
     "data": 3,

@@ -284,3 +284,35 @@ def test_settings_are_described_from_the_strings_under_them() -> None:
         {"name": "other", "type": "float", "default": "0.25", "documentation": "Share, said only here."},
         {"name": "name", "type": "str", "default": "required", "documentation": ""},
     ]
+
+
+LAZY = """
+from rerankkit.plugins import Register, hookimpl
+
+@hookimpl
+def rerankkit_register(register: Register) -> None:
+    register.rewards.lazy("later", "{module}:build", "made when asked for")
+"""
+
+
+def test_a_lazy_part_is_imported_only_when_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "later_parts.py").write_text(
+        "from rerankkit import PluginConfig, RewardFn, RunInfo\n"
+        "class S(PluginConfig):\n    k: int = 3\n"
+        "def build(config: S, info: RunInfo) -> RewardFn:\n    return config.k\n"
+    )
+    (tmp_path / "lazy.py").write_text(LAZY.format(module="later_parts"))
+    found = load_plugins([tmp_path / "lazy.py"], only="")
+    spec = found.register.rewards.parts["later"]
+    assert spec.summary == "made when asked for" and "later_parts" not in sys.modules
+    assert spec.config.__name__ == "S" and "later_parts" in sys.modules
+    assert make_config({"reward": {"use": "later", "k": 5}}, load_plugins([tmp_path / "lazy.py"])).reward[
+        0
+    ].config.model_dump() == {"k": 5}
+
+
+def test_a_lazy_part_that_cannot_be_imported_is_a_fault_of_the_config_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "lazy.py").write_text(LAZY.format(module="nowhere_to_be_found"))
+    with pytest.raises(PluginError, match="nowhere_to_be_found"):
+        make_config({"reward": {"use": "later"}}, load_plugins([tmp_path / "lazy.py"]))

@@ -1,133 +1,27 @@
-"""GR2's parts, registered like anybody's. Settings are light; what is heavy is imported when a run has chosen it."""
+"""GR2's parts, registered like anybody's: names and a line each; `parts.py` makes them when a run has chosen them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rerankkit.plugins import Register, hookimpl
-from rerankkit_gr2 import settings as s
 
-if TYPE_CHECKING:
-    from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
-    from rerankkit.types import RunInfo
+PARTS = "rerankkit_gr2.parts:"
 
 
 @hookimpl
 def rerankkit_register(register: Register) -> None:
     """Offer everything under the names that configs use."""
-    register.tokenizers.add("rqvae", s.RqVaeConfig, rqvae)
-    register.tokenizers.add("residual-kmeans", s.ResidualKMeansConfig, residual_kmeans)
-    register.teachers.add("rejection", s.RejectionConfig, rejection)
-    register.teachers.add("targeted", s.TargetedConfig, targeted)
-    register.rewards.add("gr2", s.RewardConfig, conditional)
-    register.rewards.add("gr2-unconditional", s.UnconditionalConfig, unconditional)
-    register.rewards.add("rank-promotion", s.RankPromotionConfig, rank_promotion)
-    register.rewards.add("format", s.FormatConfig, format_only)
-    register.rewards.add("ndcg", s.NdcgConfig, ndcg)
-    register.optimizers.add("dapo", s.DapoConfig, group_optimizer)
-    register.optimizers.add("grpo", s.GrpoConfig, group_optimizer)
-    register.optimizers.add("dr-grpo", s.DrGrpoConfig, group_optimizer)
-    register.optimizers.add("gspo", s.GspoConfig, group_optimizer)
-    register.optimizers.add("cispo", s.CispoConfig, group_optimizer)
-
-
-def rqvae(config: s.RqVaeConfig, info: RunInfo) -> Tokenizer:
-    """`rqvae`"""
-    from rerankkit_gr2.tokenizer import RqVae
-
-    return RqVae(seed=info.seed, **config.model_dump())
-
-
-def residual_kmeans(config: s.ResidualKMeansConfig, info: RunInfo) -> Tokenizer:
-    """`residual-kmeans`"""
-    from rerankkit_gr2.tokenizer import ResidualKMeans
-
-    return ResidualKMeans(seed=info.seed, **config.model_dump())
-
-
-def rejection(config: s.RejectionConfig, info: RunInfo) -> Teacher:
-    """`rejection`"""
-    from rerankkit_gr2.teacher import RejectionSampling
-
-    return RejectionSampling(_backend(config.backend), config.samples, config.temperature, _style(config))
-
-
-def targeted(config: s.TargetedConfig, info: RunInfo) -> Teacher:
-    """`targeted`"""
-    from rerankkit_gr2.teacher import Targeted
-
-    return Targeted(_backend(config.backend), config.temperature, _style(config))
-
-
-def conditional(config: s.RewardConfig, info: RunInfo) -> RewardFn:
-    """`gr2`"""
-    from rerankkit_gr2.rewards import gr2
-
-    return gr2(config.format_weight, config.unparsable)
-
-
-def unconditional(config: s.UnconditionalConfig, info: RunInfo) -> RewardFn:
-    """`gr2-unconditional`"""
-    from rerankkit_gr2.rewards import gr2_unconditional
-
-    return gr2_unconditional(config.format_weight, config.unparsable)
-
-
-def rank_promotion(config: s.RankPromotionConfig, info: RunInfo) -> RewardFn:
-    """`rank-promotion`"""
-    from rerankkit_gr2.rewards import RankPromotion
-
-    return RankPromotion(config.unparsable)
-
-
-def format_only(config: s.FormatConfig, info: RunInfo) -> RewardFn:
-    """`format`"""
-    from rerankkit_gr2.rewards import Format
-
-    return Format()
-
-
-def ndcg(config: s.NdcgConfig, info: RunInfo) -> RewardFn:
-    """`ndcg`"""
-    from rerankkit_gr2.rewards import Ndcg
-
-    return Ndcg(config.k)
-
-
-def group_optimizer(config: s.GroupConfig, info: RunInfo) -> PolicyOptimizer:
-    """`dapo` and its relatives: which one is told by the class of the settings."""
-    from dataclasses import replace
-
-    from rerankkit.math.losses import PRESETS
-    from rerankkit_gr2.dapo import GroupOptimizer
-
-    loss = replace(PRESETS[config.preset], clip_low=config.clip_low, clip_high=config.clip_high)
-    return GroupOptimizer(config, loss)
-
-
-def _style(config: s.TargetedConfig):  # type: ignore[no-untyped-def]
-    from rerankkit.text.prompts import PromptStyle
-
-    return PromptStyle(fields=config.fields, knowledge=config.knowledge)
-
-
-def _backend(config: s.FeaturesBackend | s.TransformersBackend | s.OpenAIBackend):  # type: ignore[no-untyped-def]
-    from rerankkit_gr2 import backends, features
-
-    match config:
-        case s.FeaturesBackend():
-            return features.FeatureBackend()
-        case s.TransformersBackend():
-            return backends.TransformersBackend(
-                config.model, config.gguf_file or None, max_new_tokens=config.max_new_tokens
-            )
-        case s.OpenAIBackend():
-            return backends.OpenAIBackend(
-                config.model,
-                config.base_url,
-                api_key_env=config.api_key_env,
-                concurrency=config.concurrency,
-                timeout=config.timeout,
-                max_retries=config.retries,
-                max_tokens=config.max_new_tokens,
-            )
+    tokenizers, teachers, rewards, optimizers = register.slots()
+    tokenizers.lazy("rqvae", PARTS + "rqvae", "RQ-VAE with GR2's techniques, each a switch")
+    tokenizers.lazy("residual-kmeans", PARTS + "residual_kmeans", "residual k-means: fast and deterministic")
+    teachers.lazy("rejection", PARTS + "rejection", "no answer given; kept if the first choice is the target")
+    teachers.lazy("targeted", PARTS + "targeted", "the answer given; the teacher says why")
+    rewards.lazy("gr2", PARTS + "conditional", "rank promotion, and format only where the target moved up")
+    rewards.lazy("gr2-unconditional", PARTS + "unconditional", "the ablation that copying the input order hacks")
+    rewards.lazy("rank-promotion", PARTS + "rank_promotion", "(rank given - rank answered) / list length")
+    rewards.lazy("format", PARTS + "format_only", "1 for a well-formed, complete answer, else 0")
+    rewards.lazy("ndcg", PARTS + "ndcg", "NDCG@k of the answered order")
+    optimizers.lazy("dapo", PARTS + "dapo", "clip-higher, token-level loss, dynamic sampling (2503.14476)")
+    optimizers.lazy("grpo", PARTS + "grpo", "group z-scores, mean over each completion (2402.03300)")
+    optimizers.lazy("dr-grpo", PARTS + "dr_grpo", "centred rewards, constant divisor (2503.20783)")
+    optimizers.lazy("gspo", PARTS + "gspo", "one ratio a sequence (2507.18071)")
+    optimizers.lazy("cispo", PARTS + "cispo", "the clipped ratio weighs the gradient (2506.13585)")

@@ -35,8 +35,7 @@ def list_plugins(file: Files = None, as_json: Json = False) -> None:
         print(f"{plugin.name}  {plugin.distribution} {plugin.version}  {state}".rstrip())
         for part in parts:
             if part.plugin == plugin.name and not plugin.error:
-                summary = (part.config.__doc__ or "").strip().splitlines()
-                print(f"  {part.kind:<10} {part.name:<20} {summary[0] if summary else ''}".rstrip())
+                print(f"  {part.kind:<10} {part.name:<20} {part.summary}".rstrip())
 
 
 @app.command("show")
