@@ -32,7 +32,8 @@ from pydantic import (
 )
 
 from rerankkit.errors import ConfigError, PluginError, did_you_mean
-from rerankkit.plugins import PartSpec, PluginConfig, Plugins
+from rerankkit.part_config import PluginConfig
+from rerankkit.plugins import PartSpec, Plugins, load_plugins
 from rerankkit.types import RunInfo
 
 Block = PluginConfig
@@ -50,6 +51,12 @@ class Embeddings(Block):
     """A .npy (rows in item order) or parquet (item_id, embedding) file."""
     dim: PositiveInt = 64
     """Dimensions that `tfidf` keeps."""
+
+    @model_validator(mode="after")
+    def _located(self) -> Self:
+        if self.use == "file" and not self.path:
+            raise ValueError('use = "file" needs a path (.npy or .parquet)')
+        return self
 
 
 class _Data(Block):
@@ -294,7 +301,7 @@ class Evaluate(Block):
     """Decode answers under the permutation mask: reasoning stays free, every answer is a complete permutation."""
     batch_size: PositiveInt = 64
     """Prompts answered at once."""
-    bootstrap_samples: PositiveInt = 10_000
+    bootstrap_samples: PositiveInt = Field(default=10_000, ge=100)
     """Resamplings behind each paired 95% interval."""
 
 
@@ -330,9 +337,8 @@ class ChosenPart:
         if made_by.__repr__ is object.__repr__:  # which is an address, too
             described = repr(vars(part))
         digest = hashlib.sha256(f"{source} {described}".encode()).hexdigest()[:12]
-        spec = PartSpec(
-            kind, made_by.__qualname__, PluginConfig, lambda config, info: part, "Python", made_by.__module__, digest
-        )
+        load = lambda: (PluginConfig, lambda config, info: part)  # noqa: E731
+        spec = PartSpec(kind, made_by.__qualname__, load, "", "Python", made_by.__module__, digest)
         return cls(spec, PluginConfig())
 
     def build(self, info: RunInfo) -> Any:
@@ -452,6 +458,19 @@ def make_config(raw: Mapping[str, Any], plugins: Plugins, where: Where | None = 
     return RunConfig(**values)
 
 
+def find_plugins(raw: Mapping[str, Any], where: Where | None = None) -> Plugins:
+    """Installed plugins, broken ones included, and those of `plugin_files`: ConfigError if one of these is broken."""
+    where = where or Where("config", "", ())
+    files = [str(Path(file)) for file in strings_in(raw.get("plugin_files"))]
+    plugins = load_plugins(files)
+    broken = [plugin for plugin in plugins.loaded if plugin.error and plugin.distribution in files]
+    if broken:
+        raise ConfigError(
+            "\n".join(f"{where.of('plugin_files')}: {plugin.distribution}: {plugin.error}" for plugin in broken)
+        )
+    return plugins
+
+
 def strings_in(value: Any) -> tuple[str, ...]:
     """The strings of a list that nobody has checked yet, `raw["plugin_files"]` say."""
     return tuple(entry for entry in value if isinstance(entry, str)) if isinstance(value, list | tuple) else ()
@@ -503,14 +522,19 @@ def _line_of(text: str, key: str) -> int:
 
 
 def overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `raw` with `a.b=c` settings laid over it. Raises ConfigError."""
+    """A copy of `raw` with `a.b=c` settings laid over it. Raises ConfigError.
+
+    `a.use=c` that chooses another part drops what `raw` set for the part it had.
+    """
     copy: dict[str, Any] = deepcopy(dict(raw))
-    for override in overrides:
-        _override(copy, override)
+    settings = [_parsed(override) for override in overrides]
+    # Choices first, the outermost before those inside: they must not drop what the command line itself sets.
+    for key, path, value in sorted(settings, key=lambda s: (s[1][-1] != "use", len(s[1]) if s[1][-1] == "use" else 0)):
+        _override(copy, key, path, value)
     return copy
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, list[str], Any]:
     key, equals, value = override.partition("=")
     path = [part for part in key.strip().split(".") if part]
     if not equals or not path:
@@ -519,6 +543,14 @@ def _override(raw: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value
+    if path in (["plugin_files"], ["trackers"]) and isinstance(parsed, str):
+        parsed = [parsed]
+    return key, path, parsed
+
+
+def _override(raw: dict[str, Any], key: str, path: Sequence[str], parsed: Any) -> None:
+    if path[0] == "reward" and path[1:] and path[1].isdecimal() and isinstance(raw.get("reward", {}), dict):
+        raw["reward"] = [raw.get("reward", {})]  # one reward is a list of one
     here: Any = raw
     for i, part in enumerate(path):
         last = i == len(path) - 1
@@ -530,11 +562,30 @@ def _override(raw: dict[str, Any], override: str) -> None:
                 here[int(part)] = parsed
             here = here[int(part)]
         elif isinstance(here, dict):
+            if last and part == "use" and i:
+                _choose(here, path[:-1], parsed)
             if last:
                 here[part] = parsed
             here = here.setdefault(part, {})
         else:
             raise ConfigError(f"command line: {key}: {'.'.join(path[:i])} is a value and has no keys.")
+
+
+def _choose(block: dict[str, Any], path: Sequence[str], use: Any) -> None:
+    """Drop from a block what would not suit the part `use`, if it is another one than the block's own."""
+    variants = {str(m.model_fields["use"].default): m for m in _VARIANTS.get(path[0], ())} if len(path) == 1 else {}
+    default = next(iter(variants), None) or (_PARTS.get(path[0]) if path[-1] == path[0] or path[-1].isdecimal() else "")
+    old = block.get("use", default)
+    if old == use:
+        return
+    if variants:  # ours, which share keys that mean the same in all of them
+        kept = set(variants[str(use)].model_fields) if str(use) in variants else set(block)
+    elif path[0] in _PARTS:
+        kept = {"weight"} if path[0] == "reward" else set()
+    else:  # a key that merely has this name, or a block whose choices share all their keys
+        return
+    for key in block.keys() - kept:
+        del block[key]
 
 
 def _variant(name: str, block: Any, variants: Sequence[type[Block]], where: Where, faults: list[str]) -> Block | None:

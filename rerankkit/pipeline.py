@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rerankkit.config import ChosenPart, load_config, make_config, overridden, strings_in
-from rerankkit.plugins import load_plugins
+from rerankkit.config import ChosenPart, find_plugins, load_config, make_config, overridden
 from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
 from rerankkit.run import run
 
@@ -44,7 +43,7 @@ class Pipeline:
             raw, where = overridden(self.config, self.overrides), None
         else:
             raw, where = load_config(self.config, self.overrides)
-        plugins = load_plugins(strings_in(raw.get("plugin_files")))
+        plugins = find_plugins(raw, where)
         resolved = make_config(raw, plugins, where)
         own: dict[str, Any] = {
             kind: ChosenPart.given(kind, getattr(self, kind))

@@ -17,6 +17,7 @@ import platform
 import shutil
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,12 +28,13 @@ from typing import Any, Generic, Protocol, TypeVar
 from pydantic import BaseModel
 
 from rerankkit.config import ChosenPart, RunConfig
-from rerankkit.errors import RunFolderError
+from rerankkit.errors import RerankkitError, RunFailed, RunFolderError
 from rerankkit.types import RunInfo, SidSurface
 
 PACKAGES = ("rerankkit", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pydantic", "pluggy")
 """What a result depends on most, for the manifest."""
 REPORTS = ("report.json", "report.md", "report.html")
+RESULTS = (*REPORTS, "rankings.parquet")
 FORMAT = 1
 """Raised when a stage's artifact changes its meaning, so that old run folders are not mistaken for new ones."""
 
@@ -60,8 +62,16 @@ class Artifact(Generic[A]):
     loader: Callable[[Path], A]
 
     def load(self) -> A:
-        """Read the artifact."""
-        return self.loader(self.folder)
+        """Read the artifact. Raises RunFolderError if it cannot be read."""
+        try:
+            return self.loader(self.folder)
+        except MemoryError:
+            raise
+        except Exception as error:
+            what = str(error) if isinstance(error, RerankkitError) else f"{type(error).__name__}: {error}"
+            raise RunFolderError(
+                f"{self.folder}: this finished stage cannot be read ({what}); delete it and run again."
+            ) from error
 
 
 @dataclass
@@ -106,8 +116,9 @@ class RunFolder:
         if done:
             self.announce(name, "skipped", 0.0)
             return artifact
-        for report in REPORTS:  # it tells of other results than those to come
-            (self.path / report).unlink(missing_ok=True)
+        for file in RESULTS:  # it tells of other results than those to come
+            (self.path / file).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "trec", ignore_errors=True)
         if not continued:
             shutil.rmtree(work, ignore_errors=True)
             self._forget(name)
@@ -117,15 +128,16 @@ class RunFolder:
         self._tell(name, "continued" if continued else "started", 0.0)
         started = time.monotonic()
         info = self.info(name, work)
-        result = make(*[self._ready(argument, info) for argument in arguments], info=info)
-        seconds = time.monotonic() - started
-        record = {"name": name, "fingerprint": fingerprint, "seconds": round(seconds, 3)}
+        with self._blaming() as built:
+            result = make(*[self._ready(argument, info, built) for argument in arguments], info=info)
+            seconds = time.monotonic() - started
+            record = {"name": name, "fingerprint": fingerprint, "seconds": round(seconds, 3)}
 
-        def write(aside: Path) -> None:
-            result.save(aside)
-            write_json(aside / "stage.json", record)
+            def write(aside: Path) -> None:
+                result.save(aside)
+                write_json(aside / "stage.json", record)
 
-        publish(folder, write)
+            publish(folder, write)
         shutil.rmtree(work, ignore_errors=True)
         self._tell(name, "done", seconds)
         return artifact
@@ -153,12 +165,40 @@ class RunFolder:
         precision = self.config.policy.precision
         return RunInfo(self.config.seed, self.device, precision, work, surface=surface, log=log, **chosen)
 
-    def _ready(self, argument: Any, info: RunInfo) -> Any:
+    def _ready(self, argument: Any, info: RunInfo, built: list[tuple[ChosenPart, Any]]) -> Any:
         if isinstance(argument, Artifact):
             return argument.load()
         if isinstance(argument, tuple):  # rewards: (weight, name, live part) each
-            return tuple((part.weight, part.spec.name, part.build(info)) for part in argument)
-        return argument.build(info) if isinstance(argument, ChosenPart) else argument
+            return tuple((part.weight, part.spec.name, self._ready(part, info, built)) for part in argument)
+        if not isinstance(argument, ChosenPart):
+            return argument
+        built.append((argument, None))  # while it is being made
+        built[-1] = (argument, argument.build(info))
+        return built[-1][1]
+
+    @contextmanager
+    def _blaming(self) -> Iterator[list[tuple[ChosenPart, Any]]]:
+        """Turn what a plugin's part raises into RunFailed that names it. Yields the list of parts to watch.
+
+        rerankkit's own errors pass, and so do bugs of its own: they are told best by their traceback.
+        """
+        built: list[tuple[ChosenPart, Any]] = []
+        try:
+            yield built
+        except RerankkitError:
+            raise
+        except Exception as error:
+            part = _culprit(error, built)
+            if part is None or part.spec.distribution == "rerankkit":
+                raise
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.writelines(traceback.format_exception(error))
+            spec = part.spec
+            whose = ", ".join(filter(None, (f"plugin {spec.plugin}", f"{spec.distribution} {spec.version}".strip())))
+            raise RunFailed(
+                f"{spec.kind} {spec.name!r} ({whose}): {type(error).__name__}: {error}. "
+                f"The traceback is in {self.path / 'log.txt'}."
+            ) from error
 
     def _identity(self, argument: Any) -> Any:
         if isinstance(argument, Artifact):
@@ -189,7 +229,10 @@ def open_run(path: Path, config: RunConfig, **how: Any) -> Iterator[RunFolder]:
     from filelock import FileLock, Timeout
 
     check_free(path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be made ({error.strerror}); choose another --out.") from error
     lock = FileLock(path / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -208,10 +251,17 @@ def open_run(path: Path, config: RunConfig, **how: Any) -> Iterator[RunFolder]:
 
 def check_free(path: Path) -> None:
     """Raise at once what `open_run` would, and write nothing: a file, somebody else's folder, a run at work."""
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path} is a file; --out names a folder.")
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be looked at ({error.strerror}); choose another --out.") from error
+    if not there.is_dir():
+        raise RunFolderError(f"{there} is a file; --out names a folder.")
     if path.is_dir() and any(path.iterdir()) and not is_run_folder(path):
         raise RunFolderError(f"{path} holds other files and is not a run folder; name a new or empty one with --out.")
+    for file in RESULTS:
+        if (path / file).is_dir():
+            raise RunFolderError(f"{path / file} is a folder, but a file of this name is to be written; move it away.")
     if holder_of(path):
         raise _in_use(path)
 
@@ -347,6 +397,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _fingerprint_of(folder: Path) -> str:
     return str(read_json(folder / "stage.json").get("fingerprint", ""))
+
+
+def _culprit(error: BaseException, built: Sequence[tuple[ChosenPart, Any]]) -> ChosenPart | None:
+    """The part in whose code, or in what it called, an error came up: the innermost, if one part called another."""
+    if built and built[-1][1] is None:
+        return built[-1][0]
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for part, live in built:
+            if frame.f_locals.get("self") is live or frame.f_code is getattr(live, "__code__", None):
+                return part
+    return None
 
 
 def _digest(value: Sequence[Any]) -> str:

@@ -14,7 +14,8 @@ import pytest
 import rerankkit
 from rerankkit.cli import main
 from rerankkit.config import make_config
-from rerankkit.errors import RunFailed
+from rerankkit.errors import ConfigError, RunFailed
+from rerankkit.pipeline import Pipeline
 from rerankkit.plugins import load_plugins
 from rerankkit.run import STAGES
 from rerankkit.stages.compare import save_rankings
@@ -126,11 +127,48 @@ def test_a_typo_exits_2_and_writes_nothing(call: Call, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
-def test_a_run_warns_of_a_broken_plugin_and_goes_on(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("raise ImportError('needs a licence')")
-    (tmp_path / "mine.toml").write_text("plugin_files = ['broken.py']\n")
+def test_a_run_warns_of_a_broken_installed_plugin_and_goes_on(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RERANKKIT_PLUGINS", "gr2,absent")
+    (tmp_path / "mine.toml").write_text("seed = 1\n")
     code, _, err = call("run", "mine.toml", "--dry-run")
-    assert code == 0 and err.startswith("warning: plugin broken: ImportError: needs a licence")
+    assert code == 0 and err.startswith("warning: plugin absent: ")
+
+
+def test_a_plugin_file_that_the_config_names_must_work(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise ImportError('needs a licence')")
+    (tmp_path / "mine.toml").write_text("plugin_files = ['broken.py', 'absent.py']\n")
+    code, _, err = call("run", "mine.toml", "--dry-run")
+    assert code == 2 and err.splitlines() == [
+        f"error: mine.toml:1: plugin_files: broken.py: ImportError: needs a licence ({tmp_path / 'broken.py'}:1)",
+        "mine.toml:1: plugin_files: absent.py: plugin file absent.py does not exist",
+    ]
+    code, _, err = call("run", "mine.toml", "plugin_files=absent.py", "--dry-run")
+    assert (code, err) == (2, "error: command line: plugin_files: absent.py: plugin file absent.py does not exist\n")
+    with pytest.raises(ConfigError, match="needs a licence"):
+        Pipeline(config={"plugin_files": ["broken.py"]}).run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_sets_nothing_is_told_of(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("# soon\n")
+    code, _, err = call("run", "empty.toml", "--dry-run")
+    assert (code, err) == (0, "note: empty.toml sets nothing; every setting has its default\n")
+
+
+@pytest.mark.parametrize("out", ["a.txt/run", "a.txt", "x" * 300])
+def test_a_run_folder_that_cannot_be_made_exits_2(call: Call, tmp_path: Path, out: str) -> None:
+    (tmp_path / "a.txt").write_text("")
+    code, _, err = call("run", QUICKSTART, "--out", out, "--dry-run")
+    assert code == 2 and err.startswith("error: ") and "--out" in err
+
+
+def test_a_damaged_report_is_not_taken_for_a_missing_one(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "report.json").write_text('{"n": ')
+    code, _, err = call("compare", "a", "a")
+    assert code == 2 and err == "error: a: report.json is damaged; finish the run with `rerankkit run`.\n"
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(call: Call, tmp_path: Path) -> None:
@@ -224,7 +262,7 @@ def test_two_runs_are_compared_on_the_same_users(call: Call, tmp_path: Path) -> 
 def test_a_run_without_a_report_cannot_be_compared(call: Call, tmp_path: Path) -> None:
     finished(tmp_path / "a", (0, 1, 2))
     code, _, err = call("compare", "a", "b")
-    assert (code, err) == (2, "error: b: has no report.json; finish it with `rerankkit run`.\n")
+    assert (code, err) == (2, "error: b: report.json is not there; finish the run with `rerankkit run`.\n")
 
 
 def test_doctor_tells_the_machine_and_what_is_wrong(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerankkit import config as c
-from rerankkit.config import ChosenPart, RunConfig, load_config, make_config
+from rerankkit.config import ChosenPart, RunConfig, load_config, make_config, overridden
 from rerankkit.errors import ConfigError, PluginError
 from rerankkit.plugins import PluginConfig, describe_settings, load_plugins
 from rerankkit.types import RunInfo
@@ -75,6 +75,8 @@ def faults(path: Path, text: str, *overrides: str) -> list[str]:
         ),
         ("[optimizer]\noverlong_buffer = 300\n", "1: optimizer: overlong_buffer is 300, more than max_new_tokens."),
         ("[candidates]\nuse = 'file'\ntrain = 'a.parquet'\n", "1: candidates: lists from files need both train and"),
+        ("[data.embeddings]\nuse = 'file'\n", '1: data.embeddings: use = "file" needs a path'),
+        ("[evaluate]\nbootstrap_samples = 99\n", "2: evaluate.bootstrap_samples: 99 cannot be used: |equal to 100"),
         ("seed = -1\n", "1: seed: -1 is not a whole number from 0 to 4294967295."),
         ("seed = true\n", "1: seed: True is not a whole number"),
         ("device = 3\n", "1: device: 3 is not a string"),
@@ -301,5 +303,48 @@ def test_any_mapping_resolves_or_is_refused_in_words(raw: dict[Any, Any]) -> Non
 def test_any_text_and_any_override_are_read_or_refused_in_words(text: str, override: str) -> None:
     raw: dict[str, Any] = {"seed": 1, "reward": [{"use": "gr2"}], "sft": {}}
     with suppress(ConfigError):
-        c._override(raw, override)
+        c.overridden(raw, [override])
     assert c._line_of(text, "reward[0].use") >= 0
+
+
+IN_FILE: dict[str, Any] = {
+    "tokenizer": {"use": "rqvae", "levels": 2},
+    "teacher": {"backend": {"use": "openai", "model": "m"}},
+    "candidates": {"size": 7, "tune": False},
+    "data": {"embeddings": {"use": "file", "path": "x.npy", "dim": 8}},
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "block", "left"),
+    [
+        (["tokenizer.use=hashed"], "tokenizer", {"use": "hashed"}),
+        (["tokenizer.use=rqvae"], "tokenizer", {"use": "rqvae", "levels": 2}),
+        (["tokenizer.levels=3", "tokenizer.use=hashed"], "tokenizer", {"use": "hashed", "levels": 3}),
+        (["teacher.use=rejection"], "teacher", {"use": "rejection", **IN_FILE["teacher"]}),  # the default, so no change
+        (["teacher.use=other"], "teacher", {"use": "other"}),
+        (["teacher.backend.use=hf"], "teacher", {"backend": {"use": "hf"}}),
+        (["teacher.backend.use=hf", "teacher.use=other"], "teacher", {"use": "other", "backend": {"use": "hf"}}),
+        # `size` means the same in both, `tune` is the nearest neighbours' alone
+        (["candidates.use=popularity"], "candidates", {"use": "popularity", "size": 7}),
+        (["candidates.use=typo"], "candidates", {"use": "typo", "size": 7, "tune": False}),
+        (["data.embeddings.use=tfidf"], "data", {"embeddings": {"use": "tfidf", "path": "x.npy", "dim": 8}}),
+    ],
+)
+def test_choosing_another_part_drops_the_settings_of_the_one_before(
+    overrides: list[str], block: str, left: dict[str, Any]
+) -> None:
+    assert overridden(IN_FILE, overrides)[block] == left
+
+
+def test_one_reward_is_a_list_of_one_and_a_bare_file_too() -> None:
+    assert overridden({}, ["reward.0.weight=0.5"])["reward"] == [{"weight": 0.5}]
+    table = {"reward": {"use": "ndcg", "k": 3, "weight": 2}}
+    assert overridden(table, ["reward.0.weight=0.5"])["reward"] == [{"use": "ndcg", "k": 3, "weight": 0.5}]
+    assert overridden(table, ["reward.0.use=gr2"])["reward"] == [{"use": "gr2", "weight": 2}]
+    with pytest.raises(ConfigError, match="reward is a list of 1"):
+        overridden(table, ["reward.1.weight=0.5"])
+    (reward,) = make_config(overridden({}, ["reward.0.weight=0.5"]), PLUGINS).reward
+    assert (reward.spec.name, reward.weight) == ("gr2", 0.5)
+    assert overridden({}, ["plugin_files=a.py"])["plugin_files"] == ["a.py"]
+    assert overridden({}, ['plugin_files=["a.py", "b.py"]'])["plugin_files"] == ["a.py", "b.py"]

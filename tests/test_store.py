@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from rerankkit.config import Midtrain, RunConfig, make_config
-from rerankkit.errors import RunFailed, RunFolderError
-from rerankkit.plugins import load_plugins
+from rerankkit.config import ChosenPart, Midtrain, RunConfig, make_config
+from rerankkit.errors import DataError, RunFailed, RunFolderError
+from rerankkit.plugins import PartSpec, PluginConfig, load_plugins
 from rerankkit.store import (
     StageStatus,
     StoppedEarlyError,
@@ -338,3 +338,76 @@ def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_json_that_is_no_object_reads_as_an_empty_one(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     assert read_json(tmp_path / "a.json") == {}
+
+
+def test_a_damaged_artifact_is_named_with_what_to_do(tmp_path: Path) -> None:
+    cook(tmp_path)
+    (tmp_path / "stages" / "1-first" / "note.txt").unlink()
+    (tmp_path / "stages" / "2-second" / "stage.json").unlink()
+    with pytest.raises(RunFolderError, match=r"stages/1-first: .*FileNotFoundError.*; delete it and run again"):
+        cook(tmp_path)
+
+
+def test_results_of_other_stages_go_and_folders_in_their_place_are_refused(tmp_path: Path) -> None:
+    cook(tmp_path)
+    (tmp_path / "trec").mkdir()
+    for name in ("trec/test.run", "rankings.parquet", "report.md"):
+        (tmp_path / name).write_text("old")
+    cook(tmp_path)
+    assert (tmp_path / "rankings.parquet").exists() and (tmp_path / "trec").exists()
+    cook(tmp_path, "pepper")
+    assert not any((tmp_path / name).exists() for name in ("trec", "rankings.parquet", "report.md"))
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(RunFolderError, match=r"report\.html is a folder"):
+        cook(tmp_path)
+
+
+class Boom:
+    """A part that raises whatever it is given, in a helper of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, rollouts: Any) -> Any:
+        return raises(self.error)
+
+
+def raises(error: Exception) -> Any:
+    raise error
+
+
+def use_rewards(rewards: Any, *, info: RunInfo) -> Note:
+    from rerankkit.stages.rewards import combine
+
+    combine(rewards)([])
+    return Note("")
+
+
+def part_that_raises(error: Exception, building: bool = False, distribution: str = "acme") -> ChosenPart:
+    def build(config: PluginConfig, info: RunInfo) -> Boom:
+        return raises(error) if building else Boom(error)
+
+    spec = PartSpec("reward", "boom", lambda: (PluginConfig, build), "", "badrew", distribution, "1.2")
+    return ChosenPart(spec, PluginConfig())
+
+
+@pytest.mark.parametrize("building", [True, False])
+def test_a_part_that_raises_is_named_and_its_traceback_kept(tmp_path: Path, building: bool) -> None:
+    fine = ChosenPart.given("reward", lambda rollouts: [])
+    parts = (fine, part_that_raises(ZeroDivisionError("by 0"), building))
+    with open_run(tmp_path, CONFIG) as folder, pytest.raises(RunFailed) as caught:
+        folder.stage("rl", use_rewards, Note.load, parts)
+    assert str(caught.value).startswith("reward 'boom' (plugin badrew, acme 1.2): ZeroDivisionError: by 0. ")
+    log = (tmp_path / "log.txt").read_text()
+    assert "Traceback" in log and "in raises" in log and log.endswith("ZeroDivisionError: by 0\n")
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with open_run(tmp_path, CONFIG) as folder:
+        for error in (DataError("a bad row"), RunFailed("a gate was missed")):
+            with pytest.raises(type(error), match=f"^{error}$"):
+                folder.stage("rl", use_rewards, Note.load, (part_that_raises(error),))
+        with pytest.raises(ZeroDivisionError):  # a bug of rerankkit's own part
+            folder.stage("rl", use_rewards, Note.load, (part_that_raises(ZeroDivisionError(), False, "rerankkit"),))
+        with pytest.raises(KeyError):  # a stage's own, with a part at hand that is not to blame
+            folder.stage("x", lambda rewards, info: raises(KeyError("k")), Note.load, (part_that_raises(ValueError()),))

@@ -24,7 +24,8 @@ def compare(
     for folder in (a, b):
         reports.append(read_json(folder / "report.json"))
         if not reports[-1]:
-            raise RunFolderError(f"{folder}: has no report.json; finish it with `rerankkit run`.")
+            why = "is damaged" if (folder / "report.json").exists() else "is not there"
+            raise RunFolderError(f"{folder}: report.json {why}; finish the run with `rerankkit run`.")
     rankings = [load_rankings(folder / "rankings.parquet") for folder in (a, b)]
     comparison = compare_runs(*reports, *rankings)
     if as_json:

@@ -63,7 +63,7 @@ def policy_size(policy: ScratchPolicy | PretrainedPolicy, num_codes: int) -> dic
     from rerankkit.stages.training import FORWARD_TOKENS
 
     # float32 weights, gradients and two Adam moments; about 34 hidden-sized float32 activations a token and layer.
-    peak = 16 * parameters + 4 * 34 * hidden * layers * FORWARD_TOKENS + 0.7 * 2**30
+    peak = 16 * parameters + 4 * 34 * hidden * layers * FORWARD_TOKENS + 1.5 * 2**30
     return {"parameters": parameters, "peak_memory_gib": round(peak / 2**30, 2), "note": ""}
 
 

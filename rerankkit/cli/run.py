@@ -31,14 +31,15 @@ def run(
 ) -> None:
     """Run a config from its tables to a report; run it again to continue, or to see that all is done."""
     from rerankkit.cli.console import print_table, progress_bar, stage_line
-    from rerankkit.config import load_config, make_config, strings_in
+    from rerankkit.config import find_plugins, load_config, make_config
     from rerankkit.errors import ConfigError, did_you_mean
-    from rerankkit.plugins import load_plugins
     from rerankkit.run import STAGES
     from rerankkit.store import check_free
 
     raw, where = load_config(config, overrides or [])
-    plugins = load_plugins(strings_in(raw.get("plugin_files")))
+    if not raw:
+        print(f"note: {config} sets nothing; every setting has its default", file=sys.stderr)
+    plugins = find_plugins(raw, where)
     for plugin in plugins.loaded:
         if plugin.error or plugin.warning:
             print(f"warning: plugin {plugin.name}: {plugin.error or plugin.warning}", file=sys.stderr)

@@ -63,7 +63,8 @@ def _tfidf(texts: Sequence[str], dim: int, seed: int) -> NDArray[np.float32]:
         raise DataError(f"the texts of the {len(texts):,} items hold no word to embed ({error})") from error
     rank = min(dim, *words.shape)
     few_words = rank == words.shape[1]  # then SVD could do no more than turn them
-    dense = words.toarray() if few_words else TruncatedSVD(rank, random_state=seed).fit_transform(words)
+    with np.errstate(divide="ignore", invalid="ignore"):  # texts that are all alike have no variance to explain
+        dense = words.toarray() if few_words else TruncatedSVD(rank, random_state=seed).fit_transform(words)
     return _unit(np.pad(dense, ((0, 0), (0, dim - dense.shape[1]))))
 
 

@@ -236,7 +236,8 @@ def from_file(source: str | Path | Mapping[str, str], dataset: Dataset, size: in
     `source` is one file, or split -> file for tables without a `split` column. With `target` (or `step`, a position in
     the history) the list belongs to that step; else to the user's validation, test or last training step. Lists longer
     than `size` are cut later. Every unknown user or item, repeat or short list is found, the first few are shown with
-    their row, and DataError is raised. A list for a step that the dataset does not have (a held-out user's) is counted.
+    their row, and DataError is raised, as it is for a file of which no list belongs to a step of the dataset. Other
+    lists of users who have no step in that split (held-out ones) are counted.
     """
     files = {str(path): split for split, path in source.items()} if isinstance(source, Mapping) else {str(source): ""}
     for split in files.values():
@@ -245,8 +246,11 @@ def from_file(source: str | Path | Mapping[str, str], dataset: Dataset, size: in
     lists: dict[tuple[Split, Step], Ranked] = {}
     problems: list[str] = []
     unplaced = 0
+    useless: list[str] = []
     for path, split in files.items():
+        num_rows, placed_before = 0, len(lists) + len(problems)
         for place, row in _rows(Path(path)):
+            num_rows += 1
             try:
                 found = _given(row, split, dataset, size)
                 if found is not None and found[0] in lists:
@@ -258,11 +262,14 @@ def from_file(source: str | Path | Mapping[str, str], dataset: Dataset, size: in
                 unplaced += 1
             else:
                 lists[found[0]] = found[1]
+        if len(lists) + len(problems) == placed_before:
+            held = f"none of its {num_rows:,} lists belongs to a {split or 'listed'} step of the dataset"
+            useless.append(f"{path}: {held if num_rows else 'holds no list'}")
     if problems:
         shown = "\n".join(problems[:5])
         raise DataError(f"{len(problems):,} of the given candidate lists cannot be used, the first are\n{shown}")
-    if not lists:
-        raise DataError(f"{', '.join(files)}: no list belongs to a step of the dataset")
+    if useless:
+        raise DataError("\n".join(useless) + "\nGive each split's lists for the users that data.split puts there.")
     return GivenLists(", ".join(files), lists, unplaced)
 
 
@@ -334,7 +341,12 @@ def _step(row: Mapping[str, Any], user_id: str, split: Split, dataset: Dataset) 
             raise ValueError(f"target {target!r} stands at step {step} of user {user_id!r}, not at {row['step']}")
         return step
     if row.get("step") is not None:
-        return int(row["step"]) if start <= int(row["step"]) < end else None
+        if start >= end:  # a held-out user
+            return None
+        if row["step"] not in range(start, end):
+            steps = f"{start} to {end - 1}" if end - start > 1 else f"{start}"
+            raise ValueError(f"step {row['step']!r} is no {split} step of user {user_id!r}; possible: {steps}")
+        return int(row["step"])
     step = end - 1 if split == "train" else start
     return step if start <= step < end and step >= 1 else None
 

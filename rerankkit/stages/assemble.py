@@ -99,8 +99,8 @@ def _scorecard(sids: SidMap) -> dict[str, Any]:
     }
     return {
         "items": card["num_items"],
-        "distinct SIDs / items": card["distinct_share"],
-        "items with a SID of their own": card["own_share"],
+        "distinct SIDs / items": f"{card['distinct_share']:.1%}",
+        "items with a SID of their own": f"{card['own_share']:.1%}",
         "most items on one SID": card["largest_collision"],
         **levels,
     }

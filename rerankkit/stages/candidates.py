@@ -49,7 +49,7 @@ def make_candidates(
                 raise ValueError("lists made by the policy need the policy and its SIDs")
             preranker = _by_policy(config, dataset, sids, policy, info)
     limits = {"train": config.max_train, "valid": config.max_valid, "test": config.max_test}
-    return make_lists(
+    lists = make_lists(
         dataset,
         preranker,
         size=config.size,
@@ -58,6 +58,14 @@ def make_candidates(
         max_users={split: limit for split, limit in limits.items() if limit is not None},
         seed=info.seed,
     )
+    longest = max((len(one.candidates) for one in lists), default=0)
+    if longest < config.size:
+        advice = f"set candidates.size = {longest}, or " if longest >= 2 else ""
+        raise DataError(
+            f"candidates.size is {config.size}, but of {len(dataset.items):,} items in the catalogue no user has more "
+            f"than {longest} new ones; {advice}give more items (a lower data.k_core keeps more)."
+        )
+    return lists
 
 
 def _by_policy(config: PolicyLists, dataset: Dataset, sids: SidMap, policy: Policy, info: RunInfo) -> PreRanker:

@@ -28,6 +28,8 @@ def make_dataset(config: WorldData | TableData, digests: dict[str, str], *, info
     rows, bad_rows = read_interactions(interactions, columns=config.columns, on_bad_row=config.on_bad_row)
     catalogue, bad_items = read_items(items, columns=config.item_columns, on_bad_row=config.on_bad_row)
     dataset = build_dataset(rows, catalogue, k_core=config.k_core, split=config.split, min_rating=config.min_rating)
+    if len(dataset.items) < 2:
+        raise DataError(f"data: the catalogue has {len(dataset.items)} item; there must be two to put in an order.")
     bad = {"bad_interaction_rows": bad_rows.count, "bad_item_rows": bad_items.count}
     shown = {"bad_rows_first": [*bad_rows.first, *bad_items.first]} if any(bad.values()) else {}
     return replace(dataset, notes={**dataset.notes, **bad, **shown})

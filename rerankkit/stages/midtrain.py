@@ -48,7 +48,9 @@ def midtrain(
     ]
     histories = [history for history in histories if len(history) >= 2]
     if not histories:
-        raise RunFailed("midtrain: no user has two steps before the listed ones; lower candidates.earlier_steps.")
+        listed = f"the {held_out} listed ones" if held_out > 1 else "the listed one"
+        advice = "lower candidates.earlier_steps" if held_out > 1 else "give users of five interactions or more"
+        raise RunFailed(f"midtrain: no user has two training steps before {listed}; {advice}.")
     policy = open_policy(base, histories, tuple(items.values()), info)
     policy.extend(sids.codebook_sizes, info.surface, info.seed)
     draw = TaskDrawer(policy, config, histories, tuple(items.values()))

@@ -29,6 +29,8 @@ COMPARED = ("R@1", "R@3", "R@5", "NDCG@3", "NDCG@5", "NDCG@10", "MRR")
 HEADLINE = "NDCG@5"
 KNOWN = ("pre-rank", "mid-train", "sft", "rl", *BOUNDS)
 INVALID_LIMIT, IDENTITY_LIMIT, TAU_LIMIT, FEW_USERS = 0.05, 0.80, 0.95, 200
+MOSTLY_INVALID, HANDFUL = 0.5, 20
+"""Beyond this share of invalid answers, and below this many users, the headline itself says so."""
 
 
 def summarise(
@@ -145,7 +147,15 @@ def headline(summary: Mapping[str, Any]) -> str:
         return f"Nothing was trained: the given order, {summary['condition']}."
     best = next((name for name in ("rl", "sft", "mid-train") if name in names), names[-1])
     found = _comparison(summary, best, "pre-rank", HEADLINE)
-    between = interval(found)
+    few = f" (only {summary['n']} test users)" if summary["n"] < HANDFUL else ""
+    between = f"{interval(found)}{few}"
+    row = next(row for row in summary["rows"] if row["name"] == best)
+    if row["invalid_rate"] > MOSTLY_INVALID:
+        return (
+            f"{label(best)} cannot be judged: {percent(row['invalid_rate'])} of its answers were invalid, and for "
+            f"{percent(row['failed_rate'])} of users the given order stands in; {HEADLINE} {signed(found)} points "
+            f"{between}."
+        )
     if found["low"] > 0:
         return f"{label(best)} lifts {HEADLINE} over pre-rank by {points(found['difference'])} points {between}."
     if found["high"] < 0:

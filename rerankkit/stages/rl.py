@@ -38,7 +38,8 @@ def reinforce(
     examples = lists.examples(sids.attach(dataset.items), "train", only_with_target=True)
     if not examples:
         raise RunFailed(
-            "optimizer: no training list holds its target; widen candidates.size or candidates.earlier_steps."
+            "optimizer: no training list holds its target; raise candidates.size or candidates.earlier_steps, or "
+            "choose another pre-ranker."
         )
     for report in optimizer.optimize(policy, examples, combine(rewards), info):
         info.log({"step": report.step, **report.metrics})

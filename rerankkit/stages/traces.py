@@ -48,6 +48,11 @@ def write_traces(teacher: Teacher, dataset: Dataset, sids: SidMap, lists: Candid
     Raises RunFailed if not one trace was kept, with the commonest reason.
     """
     examples = lists.examples(sids.attach(dataset.items), "train", only_with_target=True)
+    if not examples:
+        raise RunFailed(
+            "teacher: no training list holds its target, so there is nothing to explain; raise candidates.size or "
+            "candidates.earlier_steps, or choose another pre-ranker."
+        )
     answers: dict[str, Trace | TraceFailure] = {}
     store = info.work / "answers.jsonl" if info.work else None
     if store and store.exists():
@@ -70,7 +75,7 @@ def write_traces(teacher: Teacher, dataset: Dataset, sids: SidMap, lists: Candid
     failures = tuple(answer for answer in ordered if isinstance(answer, TraceFailure))
     if not kept:
         reasons = [failure.reason for failure in failures]
-        common = max(set(reasons), key=reasons.count) if reasons else "there is no training list that holds its target"
+        common = max(set(reasons), key=reasons.count)
         raise RunFailed(f"teacher: no trace was kept out of {len(examples)} asks; commonest reason: {common}")
     return Traces(kept, failures, tuple(_acceptance(examples, kept)))
 

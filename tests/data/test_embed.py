@@ -83,3 +83,10 @@ def test_a_sentence_model_puts_like_beside_like() -> None:
     vectors = embed(TEXTS, "sentence-transformers")
     assert vectors.shape == (5, 384) and vectors.dtype == np.float32
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+
+
+def test_texts_that_are_all_alike_embed_without_a_warning() -> None:
+    # three words and their pairs are more than the two texts, so that SVD is asked for a variance of 0
+    vectors = embed(["green wool hat"] * 2, dim=4)
+    assert np.allclose(vectors[0], vectors[1]) and np.allclose(np.linalg.norm(vectors, axis=1), 1)
+    assert embed(["green wool hat"], dim=4).shape == (1, 4)

@@ -170,3 +170,27 @@ def test_knn_on_the_world_is_good_but_not_perfect(shop: Dataset) -> None:
     lists = make_lists(dataset, Knn(dataset), splits=("test",))
     assert 0.15 < lists.recall_at(10) < 0.95
     assert lists.recall_at(10) > make_lists(dataset, Popularity(dataset), splits=("test",)).recall_at(10)
+
+
+def test_a_file_that_serves_no_step_and_a_wrong_step_are_refused(make: Make, tmp_path: Path) -> None:
+    # u: abc train, d valid, e test; v has too few items for a test step, and is held out
+    dataset = make({"u": "abcde", "v": "ab"})
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    row = {"user_id": "u", "candidates": ["d", "e"]}
+    train.write_text(json.dumps(row))
+    files = {"train": str(train), "test": str(test)}
+    test.write_text("")
+    with pytest.raises(DataError, match=r"test\.jsonl: holds no list"):
+        from_file(files, dataset, 2)
+    for step in (None, 1):
+        test.write_text(json.dumps({**row, "user_id": "v", "step": step}))
+        with pytest.raises(DataError, match=r"test\.jsonl: none of its 1 lists belongs to a test step"):
+            from_file(files, dataset, 2)
+    test.write_text(test.read_text() + "\n" + json.dumps(row))
+    assert from_file(files, dataset, 2).notes == {"given_lists": 2, "given_lists_without_step": 1}
+    test.write_text(json.dumps(row) + "\n" + json.dumps({**row, "step": 9}))
+    with pytest.raises(DataError, match=r"test\.jsonl:2: step 9 is no test step of user 'u'; possible: 4"):
+        from_file(files, dataset, 2)
+    train.write_text(json.dumps({**row, "step": 0}))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: step 0 is no train step of user 'u'; possible: 1 to 2"):
+        from_file({"train": str(train)}, dataset, 2)

@@ -72,8 +72,11 @@ def test_the_steps_that_training_lists_ask_for_are_left_out(shop: Shop, monkeypa
 
 
 def test_histories_too_short_to_learn_from_are_a_failure_in_words(shop: Shop) -> None:
-    with pytest.raises(RunFailed, match=r"midtrain: no user has two steps .* lower candidates\.earlier_steps"):
+    with pytest.raises(RunFailed, match=r"no user has two training steps before the 20 .*; lower candidates\.earlier"):
         midtrain(Midtrain(steps=1), SMALL, shop.dataset, shop.sids, 20, info=RunInfo())
+    short = replace(shop.dataset, splits=dict.fromkeys(shop.dataset.splits, (2, 3)))  # two training items, one listed
+    with pytest.raises(RunFailed, match=r"before the listed one; give users of five interactions or more"):
+        midtrain(Midtrain(steps=1), SMALL, short, shop.sids, 1, info=RunInfo())
 
 
 def test_a_batch_depends_on_its_dice_alone_and_is_about_as_large_as_asked(shop: Shop) -> None:

@@ -350,3 +350,18 @@ def test_a_curve_follows_the_logged_values() -> None:
     assert across == (48.0, 238.0, 428.0)  # first, middle and last step: left margin 48, right end 440 - 12
     assert down[0] > down[2] > down[1]  # 2 < 3 < 4, upwards
     assert down[2] == pytest.approx((down[0] + down[1]) / 2, abs=0.11)  # 3 is half way, to a rounded tenth
+
+
+def test_the_headline_does_not_hide_lost_answers_or_a_handful_of_users() -> None:
+    lost = [swapped(0, 1, 2, 3, parse=Parse.FAILED)] * 3
+    # 3 of 4 answers were lost, the fourth left the order as it was: no gain, and nothing learned from that
+    assert summary(rl=[*lost, GIVEN])["headline"] == (
+        "RL cannot be judged: 75% of its answers were invalid, and for 75% of users the given order stands in; "
+        "NDCG@5 +0.0 points [0.0, 0.0] (only 4 test users)."
+    )
+    assert summary(rl=[*lost[:2], GIVEN, GIVEN])["headline"].startswith(
+        "RL shows no measurable change"
+    )  # half: not yet
+    examples = [example(row, 0) for row in range(20)]
+    enough = summarise(examples, {"rl": [GIVEN] * 20}, num_users=20, seed=0, samples=200)
+    assert "test users" not in enough["headline"]

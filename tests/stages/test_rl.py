@@ -83,7 +83,7 @@ def test_the_optimizer_gets_the_lists_that_hold_their_target_and_the_weighted_su
 
 def test_without_a_list_that_holds_its_target_there_is_nothing_to_learn(shop: Shop) -> None:
     missed = CandidateLists(tuple(replace(one, relevance=(0.0,) * 4) for one in shop.lists))
-    with pytest.raises(RunFailed, match=r"no training list holds its target; widen candidates\.size"):
+    with pytest.raises(RunFailed, match=r"no training list holds its target; raise candidates\.size"):
         reinforce(Recorder(), [(1.0, "a", fixed(1))], shop.dataset, shop.sids, missed, shop.base, info=RunInfo())
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -118,3 +118,9 @@ def test_an_answer_to_what_was_not_asked_is_the_teachers_fault(shop: Shop, info:
 def test_no_trace_at_all_is_a_failure_with_the_commonest_reason(shop: Shop, info: RunInfo) -> None:
     with pytest.raises(RunFailed, match=r"no trace was kept out of .* asks; commonest reason: no idea"):
         write(Scripted(frozenset(ids(shop))), shop, info)
+
+
+def test_without_a_list_that_holds_its_target_nobody_is_asked(shop: Shop, info: RunInfo) -> None:
+    missed = replace(shop.lists, lists=tuple(replace(one, relevance=(0.0,) * 4) for one in shop.lists))
+    with pytest.raises(RunFailed, match=r"teacher: no training list holds its target.*; raise candidates\.size"):
+        write_traces(Scripted(), shop.dataset, shop.sids, missed, info=info)
