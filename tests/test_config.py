@@ -219,7 +219,7 @@ def test_every_example_can_be_run(path: Path) -> None:
 BLOCKS = [value for value in vars(c).values() if isinstance(value, type) and issubclass(value, PluginConfig)]
 SETTINGS = [
     *BLOCKS,
-    *{part.config for slot in PLUGINS.register.slots() for part in slot.parts.values()},
+    *dict.fromkeys(part.config for slot in PLUGINS.register.slots() for part in slot.parts.values()),
 ]
 
 

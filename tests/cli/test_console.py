@@ -94,7 +94,7 @@ def test_the_table_is_a_result_and_stays_on_one_line_a_row(capsys: pytest.Captur
     out, err = capsys.readouterr()
     assert err == "" and "\x1b" not in out
     lines = out.splitlines()
-    assert lines[0] == "RL lifts NDCG@5 over pre-rank by 36.9 points [36.9, 36.9]."
+    assert lines[0] == "RL lifts NDCG@5 over pre-rank by 36.9 points [36.9, 36.9] (only 1 test users)."
     row = next(line.split() for line in lines if line.startswith("rl "))
     # The target goes from rank 2 to 1; tau of one swap among three is 1 - 4/6 = .33.
     assert row == ["rl", *["1.000"] * 6, "0%", "0.33", "0%"]
