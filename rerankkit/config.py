@@ -242,12 +242,10 @@ class TaskMix(Block):
         return self
 
 
-class Midtrain(Block):
-    """Mid-training: what SIDs mean, and how they follow one another."""
+class Schedule(Block):
+    """What supervised training has in common."""
 
-    steps: NonNegativeInt = 300
-    """Optimizer steps; 0 leaves the policy as it is."""
-    tokens_per_step: PositiveInt = 4096
+    tokens_per_step: PositiveInt = 2048
     """Batch size, in tokens."""
     learning_rate: PositiveFloat = 2e-3
     """Peak; linear warm-up, then cosine decay to a tenth."""
@@ -257,33 +255,32 @@ class Midtrain(Block):
     """AdamW's, decoupled from the gradient."""
     max_grad_norm: PositiveFloat = 1.0
     """Longer gradients are scaled down to this length."""
-    mix: TaskMix = Field(default_factory=TaskMix)
-    """Shares of the tasks."""
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints."""
 
 
-class Sft(Block):
+class Midtrain(Schedule):
+    """Mid-training: what SIDs mean, and how they follow one another."""
+
+    steps: NonNegativeInt = 120
+    """Optimizer steps; 0 leaves the policy as it is."""
+    mix: TaskMix = Field(default_factory=TaskMix)
+    """Shares of the tasks."""
+
+
+class Sft(Schedule):
     """Supervised fine-tuning on the teacher's traces."""
 
-    epochs: PositiveInt = 3
+    epochs: PositiveInt = 2
     """Passes over the traces."""
-    tokens_per_step: PositiveInt = 4096
+    tokens_per_step: PositiveInt = 1024
     """Batch size, in tokens."""
-    learning_rate: PositiveFloat = 1e-3
-    """Peak; linear warm-up, then cosine decay to a tenth."""
     warmup_steps: NonNegativeInt = 10
     """Steps until the learning rate is at its peak."""
-    weight_decay: NonNegativeFloat = 0.01
-    """AdamW's, decoupled from the gradient."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Longer gradients are scaled down to this length."""
     reasoning_weight: NonNegativeFloat = 0.5
     """Loss weight of reasoning tokens (GR2's lambda_r; its value is not known, this one is ours)."""
     ranking_weight: NonNegativeFloat = 1.0
     """Loss weight of ranking tokens (GR2's lambda_o; likewise)."""
-    checkpoint_every: PositiveInt = 50
-    """Steps between checkpoints."""
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:

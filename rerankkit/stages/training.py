@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from rerankkit.config import Schedule
 from rerankkit.errors import RunFailed
 from rerankkit.types import RunInfo
 
@@ -17,16 +18,6 @@ ROW_TOKENS = 256
 """Sequences are packed into rows of this many tokens, a longer one alone: attention grows with the square of a row."""
 FORWARD_TOKENS = 8192
 """Tokens in one forward and backward pass; a larger batch accumulates gradients."""
-
-
-class Schedule(Protocol):
-    """The optimizer settings that every supervised stage has in its config block."""
-
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    checkpoint_every: int
 
 
 def train(
