@@ -36,7 +36,7 @@ class Pipeline:
 
         Raises what `rerankkit run` would exit with: UsageError and its kinds, or RunFailed.
         """
-        from rerankkit.cli.console import progress_bar, stage_line
+        from rerankkit.cli.console import announce, progress_bar
         from rerankkit.system import prepare
 
         if isinstance(self.config, Mapping):
@@ -54,9 +54,5 @@ class Pipeline:
             own["reward"] = (own["reward"],)
         resolved = replace(resolved, **own)
         with progress_bar() as bar, prepare(resolved, Path(out)) as (device, track):
-            shown = {"progress": bar, "announce": _announce(stage_line)} if progress else {}
+            shown = {"progress": bar, "announce": announce} if progress else {}
             return run(resolved, Path(out), device=device, track=track, hooks=plugins.hooks, until=until, **shown)
-
-
-def _announce(line: Any) -> Any:
-    return lambda stage, state, seconds: line(stage, state, seconds if state == "done" else None)

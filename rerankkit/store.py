@@ -374,7 +374,7 @@ def drop_half_line(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file whole: a reader sees the old text or the new, never half."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -73,6 +73,11 @@ def stage_line(name: str, state: str, seconds: float | None = None) -> None:
     _stderr().print(line, soft_wrap=True)
 
 
+def announce(name: str, state: str, seconds: float) -> None:
+    """`stage_line` as a run folder calls it: seconds only of what is done."""
+    stage_line(name, state, seconds if state == "done" else None)
+
+
 def duration(seconds: float) -> str:
     """`0.4 s`, `12 s`, `3 min 05 s`, `1 h 02 min`."""
     if seconds < 9.95:

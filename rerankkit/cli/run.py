@@ -30,7 +30,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report (or the dry run) as JSON.")] = False,
 ) -> None:
     """Run a config from its tables to a report; run it again to continue, or to see that all is done."""
-    from rerankkit.cli.console import print_table, progress_bar, stage_line
+    from rerankkit.cli.console import announce, print_table, progress_bar
     from rerankkit.config import find_plugins, load_config, make_config
     from rerankkit.errors import ConfigError, did_you_mean
     from rerankkit.run import STAGES
@@ -64,7 +64,7 @@ def run(
                 folder,
                 device=device,
                 progress=progress,
-                announce=lambda stage, state, seconds: stage_line(stage, state, seconds if state == "done" else None),
+                announce=announce,
                 track=track,
                 hooks=plugins.hooks,
                 until=until,

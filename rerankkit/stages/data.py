@@ -37,21 +37,12 @@ def make_dataset(config: WorldData | TableData, digests: dict[str, str], *, info
 
 def world_dataset(config: WorldData) -> Dataset:
     """The simulated shop as a Dataset."""
-    import pandas as pd
-
     from rerankkit.data.dataset import build_dataset
+    from rerankkit.data.tables import tables_of
     from rerankkit.data.world import make_world
 
     world = make_world(num_users=config.num_users, seed=config.world_seed)
-    rows = pd.DataFrame(
-        [(i.user_id, i.item_id, i.timestamp) for i in world.interactions], columns=["user_id", "item_id", "timestamp"]
-    )
-    rows["rating"] = float("nan")
-    items = pd.DataFrame(
-        [(i.item_id, i.title, list(i.categories), "", i.brand, i.price) for i in world.items],
-        columns=["item_id", "title", "categories", "description", "brand", "price"],
-    )
-    return build_dataset(rows, items, k_core=0)
+    return build_dataset(*tables_of(world.interactions, world.items), k_core=0)
 
 
 def table_sources(config: TableData) -> tuple[str, str]:

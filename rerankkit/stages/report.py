@@ -8,7 +8,6 @@ equal `report.json`.
 from __future__ import annotations
 
 import math
-import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rerankkit.errors import DataError
 from rerankkit.stages.wording import BOUNDS, capital, change, interval, label, percent, points, signed
+from rerankkit.store import write_text
 from rerankkit.types import Item, Parse, Ranking, RerankExample, SidSurface
 
 if TYPE_CHECKING:
@@ -227,9 +227,9 @@ def write_report(
 
     from rerankkit.stages.render import render_html, render_markdown
 
-    _write(folder / "report.html", render_html(report, metrics, examples))
-    _write(folder / "report.md", render_markdown(report))
-    _write(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / "report.html", render_html(report, metrics, examples))
+    write_text(folder / "report.md", render_markdown(report))
+    write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _with_bounds(
@@ -381,12 +381,3 @@ def _comparison(report: Mapping[str, Any], a: str, b: str, metric: str) -> Mappi
 
 def _title(item: Item) -> str:
     return item.title or " > ".join(item.categories[-2:]) or "untitled item"
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
