@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from rerankkit.errors import DataError
 
-LastLevel: TypeAlias = Literal["nearest", "reassign", "random", "uniform", "sinkhorn"]
+LastLevel: TypeAlias = Literal["nearest", "reassign", "search", "random", "uniform", "sinkhorn"]
 OnFull: TypeAlias = Literal["spill", "share", "refuse"]
 Codes: TypeAlias = NDArray[np.int64]
 Near: TypeAlias = Callable[[NDArray[np.int64], int], NDArray[np.float32]]
@@ -24,7 +24,11 @@ Near: TypeAlias = Callable[[NDArray[np.int64], int], NDArray[np.float32]]
 half the squared distance but for a constant of the row."""
 
 _AT_ONCE = 4096
-"""Rows whose distances are held at once; a prefix with more rows is held whole."""
+"""Rows whose distances are held at once; a prefix (of a search: a prefix one shorter) with more rows is held whole."""
+_STEMS_AT_ONCE = 256
+"""Prefixes of a search whose C^2 places are held at once."""
+_ALTERNATIVES = 4
+"""Second-to-last codes that a search looks at for each item, nearest first."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,29 @@ def settle(
     near: Near,
     *,
     how: LastLevel,
+    products: NDArray[np.float32] | None = None,
     on_full: OnFull = "spill",
     random_levels: int = 1,
     seed: int = 0,
 ) -> Settled:
     """Deal out last codes of `codes` [n, L], in place, beside the SIDs `taken` [M, L].
 
-    nearest: change nothing. reassign: in every prefix where SIDs collide, the last codes that are free are dealt out
-    anew so that all differ and the sum of squared errors is least (a linear assignment). random: the last
-    `random_levels` codes come from a deck of each prefix's own, shuffled by (seed, prefix), so that unused ones come
-    first (GR2, 2602.07774). uniform: drawn at random, used or not. sinkhorn: in every prefix where SIDs collide, the
-    likeliest code under a transport plan that uses all codes alike (LC-Rec, 2311.09049); it separates most, not all.
+    - nearest: change nothing.
+    - reassign: in every prefix where SIDs collide, the last codes that are free are dealt out anew so that all differ
+      and the sum of squared errors is least (a linear assignment).
+    - search: the last two codes of those items together. Round after round each takes the cheapest free pair of one of
+      its 4 nearest second-to-last codes and any last one; where several ask for one pair, the item with most to lose
+      goes first. Not quite the least error, but less than `reassign` can reach, since it may leave the prefix. Needs
+      `products` [C, C], of second-to-last with last codes; with one level it is `reassign`.
+    - random: the last `random_levels` codes come from a deck of each prefix's own, shuffled by (seed, prefix), so that
+      unused ones come first (GR2, 2602.07774).
+    - uniform: they are drawn at random, used or not.
+    - sinkhorn: in every prefix where SIDs collide, the likeliest code under a transport plan that uses all codes alike
+      (LC-Rec, 2311.09049); it separates most, not all.
 
-    A prefix has room for `num_codes ** random_levels` items. What `on_full` says happens to those beyond (reassign and
-    random): spill: they take a free place under the nearest prefix that has one; share: they keep a place that is held
-    already; refuse: DataError.
+    A prefix has room for `num_codes ** random_levels` items. What `on_full` says happens to those beyond (reassign,
+    search and random): spill: they take a free place under the nearest prefix that has one; share: they keep a place
+    that is held already; refuse: DataError.
     """
     first = codes.copy()
     beyond = np.empty(0, dtype=np.int64)
@@ -68,7 +80,9 @@ def settle(
         _draw(codes, num_codes, random_levels, np.random.default_rng([seed, len(taken)]))
     elif how == "random":
         beyond = _deal(codes, taken, num_codes, random_levels, seed)
-    elif how == "reassign":
+    elif how == "search" and codes.shape[1] > 1 and products is not None:
+        beyond = _search(codes, taken, num_codes, near, products)
+    elif how in ("reassign", "search"):
         beyond = _reassign(codes, taken, num_codes, near)
     elif how == "sinkhorn":
         _sinkhorn(codes, taken, num_codes, near)
@@ -213,6 +227,80 @@ def _reassign(codes: Codes, taken: Codes, num_codes: int, near: Near) -> NDArray
                 beyond.append(np.delete(owners, who))
         group = upto
     return np.concatenate(beyond) if beyond else np.empty(0, dtype=np.int64)
+
+
+def _search(codes: Codes, taken: Codes, num_codes: int, near: Near, products: NDArray[np.float32]) -> NDArray[np.int64]:
+    last = codes.shape[1] - 1
+    rows, _, _ = _contested(codes, taken)
+    if not len(rows):
+        return rows
+    stems = group_ids(np.concatenate([taken, codes])[:, : last - 1])
+    held, new = stems[: len(taken)], stems[len(taken) :]
+    rows = rows[np.argsort(new[rows], kind="stable")]
+    settled = np.ones(len(codes), dtype=bool)
+    settled[rows] = False
+    kept = np.concatenate([taken, codes[settled]])
+    kept_stems = np.concatenate([held, new[settled]])
+    order = np.argsort(kept_stems, kind="stable")
+    kept, kept_stems = kept[order, last - 1 :], kept_stems[order]
+    starts = np.append(np.flatnonzero(np.diff(new[rows], prepend=-1)), len(rows))
+    beyond = []
+    group = 0
+    while group < len(starts) - 1:
+        upto = int(np.searchsorted(starts, starts[group] + _AT_ONCE, side="right")) - 1
+        upto = min(max(group + 1, upto), group + _STEMS_AT_ONCE)
+        some = rows[starts[group] : starts[upto]]
+        those, local = np.unique(new[some], return_inverse=True)
+        used = np.zeros((len(those), num_codes, num_codes), dtype=bool)
+        around = slice(*np.searchsorted(kept_stems, [those[0], those[-1] + 1]))
+        owner = np.searchsorted(those, kept_stems[around])
+        among = those[np.minimum(owner, len(those) - 1)] == kept_stems[around]
+        used[owner[among], kept[around][among, 0], kept[around][among, 1]] = True
+        # |r - c - d|^2 / 2 = (|c|^2 / 2 - rc) + (|d|^2 / 2 - rd) + cd, but for |r|^2 / 2
+        above, below = near(some, last - 1), near(some, last) - products[codes[some, last - 1]]
+        width = min(_ALTERNATIVES, num_codes)
+        wide = np.argpartition(above, width - 1, axis=1)[:, :width]
+        costs = np.take_along_axis(above, wide, axis=1)[:, :, None] + below[:, None, :] + products[wide]
+        pairs, lost = _take_turns(costs.reshape(len(some), -1), wide, local, used)
+        codes[some, last - 1], codes[some, last] = np.divmod(pairs, num_codes)
+        beyond.append(some[lost])
+        group = upto
+    return np.concatenate(beyond)
+
+
+def _take_turns(
+    costs: NDArray[np.float32], wide: NDArray[np.int64], local: NDArray[np.int64], used: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """A pair (as one number) for each row of `costs` [k, W * C], and which rows found none and keep their first wish.
+
+    In each round every row without a pair asks for its cheapest; of those who ask for the same free one, it goes to the
+    row whose next choice is the most expensive by comparison. Overwrites `costs` and `used` [S, C, C].
+    """
+    size = used.shape[-1]
+    places = used.reshape(-1)
+    wish = costs.argmin(axis=1)
+    first = wide[np.arange(len(costs)), wish // size] * size + wish % size
+    pairs, lost = first.copy(), np.zeros(len(costs), dtype=bool)
+    active = np.arange(len(costs))
+    while len(active):
+        asked = wish[active]
+        pair = wide[active, asked // size] * size + asked % size
+        place = local[active] * size * size + pair
+        cost = costs[active, asked]
+        lost[active[np.isinf(cost)]] = True
+        costs[active, asked] = np.inf
+        wish[active] = costs[active].argmin(axis=1)
+        regret = costs[active, wish[active]] - cost
+        free = np.flatnonzero(~places[place] & ~lost[active])
+        free = free[np.lexsort((active[free], -regret[free], place[free]))]
+        won = free[np.flatnonzero(np.diff(place[free], prepend=-1))]
+        places[place[won]] = True
+        pairs[active[won]] = pair[won]
+        waiting = ~lost[active]
+        waiting[won] = False
+        active = active[waiting]
+    pairs[lost] = first[lost]
+    return pairs, lost
 
 
 def _sinkhorn(codes: Codes, taken: Codes, num_codes: int, near: Near, sharpness: float = 0.003) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 CHUNK = 4096
 """Rows whose distances are held at once."""
 POINTS_PER_CODE = 256
+"""Rows for each code that suffice for finding out roughly where the codes should be."""
+MOST_POINTS_PER_CODE = 512
 """Rows a codebook is fitted on, for each of its codes, when there are more."""
-_SEEDS_PER_CODE = 16  # k-means++ looks at a sample: it costs codes x rows distances one after the other
+_FEWEST, _SAMPLE, _ROUGH_ITERATIONS = 4, 20_000, 3
 
 
 @contextmanager
@@ -67,13 +69,44 @@ def balanced_codes(points: Tensor, codebook: Tensor) -> Tensor:
 def fit_kmeans(
     points: Tensor, num_codes: int, iterations: int, rng: np.random.Generator, *, balanced: bool = False
 ) -> Tensor:
-    """A codebook [C, D] for points [S, D]: k-means++ (Arthur & Vassilvitskii 2007), then Lloyd's iterations.
+    """A codebook [C, D] for points [S, D]: Lloyd's iterations from where `_progressive` starts.
 
-    A code that nobody is nearest to moves to the point that is worst served. With fewer different points than codes,
-    codes repeat one another. `balanced` gives each code equally many points in every iteration.
+    Where there are more than 256 points a code, the start looks at every second one only. A code that nobody is nearest
+    to moves to the point that is worst served. With fewer different points than codes, codes repeat one another.
+    `balanced` gives each code equally many points in every iteration.
     """
-    codebook = _spread_seeds(points, num_codes, rng)
-    before = None
+    rough = points[::2] if len(points) > num_codes * POINTS_PER_CODE else points
+    return _lloyd(points, _progressive(rough, num_codes, rng), iterations, balanced)
+
+
+def _progressive(points: Tensor, num_codes: int, rng: np.random.Generator) -> Tensor:
+    """Where to start: k-means along the first 4 principal directions, from there along 8, and so on up to half of all.
+
+    faiss's residual quantizer starts so. It costs less than k-means++, and ends at a lower error: in a few directions
+    clusters are found that in all of them are hidden by what only tells single points apart.
+    """
+    dims = points.shape[1]
+    codebook = points[torch.from_numpy(rng.choice(len(points), num_codes, replace=len(points) < num_codes))]
+    if dims < 2 * _FEWEST:
+        return codebook
+    some = points[:: max(1, len(points) // _SAMPLE)]
+    some = some - some.mean(dim=0)
+    turn = torch.linalg.eigh(some.T @ some).eigenvectors.flip(1)  # [D, D], the longest axis first
+    turned, codebook = points @ turn, codebook @ turn
+    width = _FEWEST
+    while width < dims:
+        few = turned[:, :width].contiguous()
+        ids = nearest_codes(few, _lloyd(few, codebook[:, :width].contiguous(), _ROUGH_ITERATIONS, False))
+        counts = torch.bincount(ids, minlength=num_codes)
+        means = torch.zeros_like(codebook).index_add_(0, ids, turned) / counts.clamp(min=1)[:, None]
+        codebook = torch.where(counts[:, None] > 0, means, codebook)
+        width *= 2
+    start: Tensor = codebook @ turn.T
+    return start
+
+
+def _lloyd(points: Tensor, codebook: Tensor, iterations: int, balanced: bool) -> Tensor:
+    before, num_codes = None, len(codebook)
     for _ in range(iterations):
         ids = balanced_codes(points, codebook) if balanced else nearest_codes(points, codebook)
         if before is not None and torch.equal(ids, before):
@@ -113,20 +146,3 @@ def residual_codes(points: Tensor, codebooks: Tensor) -> Tensor:
         if len(codes) < len(codebooks):
             points = points - codebook[codes[-1]]
     return torch.stack(codes, dim=1)
-
-
-def _spread_seeds(points: Tensor, num_codes: int, rng: np.random.Generator) -> Tensor:
-    """k-means++: each further seed is a point, drawn with probability as its squared distance from those before."""
-    most = num_codes * _SEEDS_PER_CODE
-    if len(points) > most:
-        points = points[torch.from_numpy(np.sort(rng.choice(len(points), most, replace=False)))]
-    chosen = [int(rng.integers(len(points)))]
-    distances = (points - points[chosen[0]]).square().sum(dim=1)
-    for _ in range(num_codes - 1):
-        reach = distances.double().cumsum(dim=0).numpy()
-        if reach[-1] > 0:
-            chosen.append(min(int(np.searchsorted(reach, rng.random() * reach[-1], side="right")), len(points) - 1))
-        else:
-            chosen.append(int(rng.integers(len(points))))
-        distances = torch.minimum(distances, (points - points[chosen[-1]]).square().sum(dim=1))
-    return points[chosen].clone()

@@ -14,16 +14,17 @@ class _TokenizerConfig(PluginConfig):
     """Codes in a SID."""
     codes: PositiveInt = 256
     """Codes to choose from at each level."""
-    last_level: Literal["nearest", "reassign", "random", "uniform", "sinkhorn"] = "reassign"
+    last_level: Literal["nearest", "reassign", "search", "random", "uniform", "sinkhorn"] = "reassign"
     """How last codes are chosen, at export. `nearest`: as quantised, so that like items share a SID. `reassign`: where
-    SIDs collide, all different at the least error (linear assignment within the prefix). `random`: GR2's random last
+    SIDs collide, all different at the least error (linear assignment within the prefix). `search`: likewise, but the
+    last two codes together, at less error: for crowded catalogues. `random`: GR2's random last
     level, unused codes of the prefix first. `uniform`: the same, used or not. `sinkhorn`: LC-Rec's balanced transport
     within the prefix. Drawn once, and kept."""
     random_levels: PositiveInt = 1
     """Of `random` and `uniform`: how many last levels are drawn (GR2's M)."""
     on_full: Literal["spill", "share", "refuse"] = "spill"
-    """What becomes of items whose prefix has no SID left (`reassign`, `random`): they take the nearest prefix that has
-    one, or share a SID, or the run stops."""
+    """What becomes of items whose prefix has no SID left (`reassign`, `search`, `random`): they take the nearest prefix
+    that has one, or share a SID, or the run stops."""
 
     @model_validator(mode="after")
     def _prefixed(self) -> Self:
@@ -37,8 +38,8 @@ class _TokenizerConfig(PluginConfig):
 class ResidualKMeansConfig(_TokenizerConfig):
     """Residual k-means: fast and deterministic."""
 
-    iterations: PositiveInt = 25
-    """k-means iterations a level."""
+    iterations: PositiveInt = 10
+    """k-means iterations a level, after a start along few directions."""
     balanced: bool = False
     """Fit every level so that its codes have equally many items (OneRec's balanced k-means)."""
 
@@ -46,7 +47,7 @@ class ResidualKMeansConfig(_TokenizerConfig):
 class RqVaeConfig(_TokenizerConfig):
     """RQ-VAE with GR2's techniques, each a switch; see docs/papers.md for what is the paper's and what is ours."""
 
-    last_level: Literal["nearest", "reassign", "random", "uniform", "sinkhorn"] = "random"
+    last_level: Literal["nearest", "reassign", "search", "random", "uniform", "sinkhorn"] = "random"
     """How last codes are chosen, at export: as for `residual-kmeans`. GR2's random last level is the default."""
     latent: PositiveInt = 32
     """Width of the quantized vector."""

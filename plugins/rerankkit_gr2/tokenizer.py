@@ -25,7 +25,7 @@ from rerankkit.types import Catalog, Item
 from rerankkit_gr2.collisions import LastLevel, OnFull, Settled, settle
 from rerankkit_gr2.kmeans import (
     CHUNK,
-    POINTS_PER_CODE,
+    MOST_POINTS_PER_CODE,
     distances,
     fast_products,
     fit_residual_kmeans,
@@ -125,6 +125,7 @@ class _Residual(ABC):
                     self.codes,
                     near,
                     how=self.last_level,
+                    products=(codebooks[-2] @ codebooks[-1].T).numpy() if self.levels > 1 else None,
                     on_full=self.on_full,
                     random_levels=self.random_levels,
                     seed=self.seed,
@@ -215,11 +216,11 @@ class _Residual(ABC):
 
 @dataclass(kw_only=True, eq=False)
 class ResidualKMeans(_Residual):
-    """Residual k-means: fast, and the same for the same input. Fitted on at most 256 rows a code."""
+    """Residual k-means: fast, and the same for the same input. Fitted on at most 512 rows a code."""
 
     kind: ClassVar[str] = "residual-kmeans"
     last_level: LastLevel = "reassign"
-    iterations: int = 25
+    iterations: int = 10
     balanced: bool = False
     _fitted: torch.Tensor | None = field(default=None, init=False, repr=False)
     """[L, C, D]"""
@@ -227,9 +228,9 @@ class ResidualKMeans(_Residual):
     def _learn(self, catalog: Catalog) -> None:
         rng = np.random.default_rng(self.seed)
         rows = np.arange(len(catalog.items))
-        if len(rows) > self.codes * POINTS_PER_CODE:
-            rows = np.sort(rng.choice(rows, self.codes * POINTS_PER_CODE, replace=False))
-        points = torch.from_numpy(catalog.embeddings[rows].astype(np.float32, copy=False))  # an index is a copy
+        if len(rows) > self.codes * MOST_POINTS_PER_CODE:
+            rows = np.sort(rng.choice(rows, self.codes * MOST_POINTS_PER_CODE, replace=False))
+        points = _rows(catalog, rows)
         self._fitted = fit_residual_kmeans(
             points, self.levels, self.codes, self.iterations, self.seed, balanced=self.balanced
         )

@@ -79,6 +79,66 @@ def test_reassignment_is_unique_and_of_least_cost(data: st.DataObject) -> None:
         assert table[np.arange(num), codes[:, 1]].sum() == pytest.approx(best)
 
 
+def searched(points: NDArray[np.float64], codebooks: NDArray[np.float64], taken: Any = ()) -> Any:
+    """Nearest codes of points [n, D] in codebooks [2, C, D], settled by `search`; squared errors; what happened."""
+    halves = np.square(codebooks).sum(axis=2) / 2
+    codes = np.empty((len(points), 2), dtype=np.int64)
+    codes[:, 0] = (halves[0] - points @ codebooks[0].T).argmin(axis=1)
+    near_second = halves[1] - (points - codebooks[0][codes[:, 0]]) @ codebooks[1].T
+    codes[:, 1] = near_second.argmin(axis=1)
+    before = codes.copy()
+
+    def near(rows: NDArray[np.int64], level: int) -> NDArray[np.float32]:
+        left = points[rows] - (codebooks[0][before[rows, 0]] if level else 0)
+        return (halves[level] - left @ codebooks[level].T).astype(np.float32)
+
+    held = np.array(taken, dtype=np.int64).reshape(-1, 2)
+    products = (codebooks[0] @ codebooks[1].T).astype(np.float32)
+    settled = settle(codes, held, codebooks.shape[1], near, how="search", products=products)
+    return before, codes, np.square(points - codebooks[0][codes[:, 0]] - codebooks[1][codes[:, 1]]).sum(axis=1), settled
+
+
+def test_a_search_may_leave_the_prefix() -> None:
+    # first codes 0 and 1, second ones 0 and 10. Two points at .4: both nearest to (0, 0), at .16. The other place under
+    # that prefix, 0 + 10, costs 92.16; 1 + 0 costs .36.
+    codebooks = np.array([[[0.0], [1.0]], [[0.0], [10.0]]])
+    before, codes, errors, settled = searched(np.array([[0.4], [0.4]]), codebooks)
+    assert before.tolist() == [[0, 0], [0, 0]]
+    assert codes.tolist() == [[0, 0], [1, 0]] and errors.tolist() == pytest.approx([0.16, 0.36])
+    assert settled == Settled(moved=1, spilled=0, shared=0)
+    # where (1, 0) is held already, 0 + 10 is nearer than 1 + 10
+    _, codes, _, _ = searched(np.array([[0.4], [0.4]]), codebooks, taken=[[1, 0]])
+    assert codes.tolist() == [[0, 0], [0, 1]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(0, 3))
+def test_a_search_is_unique_and_moves_only_those_that_collide(seed: int, num: int, old: int) -> None:
+    rng = np.random.default_rng(seed)
+    codebooks = rng.standard_normal((2, 4, 3)) * np.array([2.0, 1.0])[:, None, None]
+    points = np.repeat(rng.standard_normal((num, 3)), rng.integers(1, 3, num), axis=0)[:13]
+    taken = np.stack(np.unravel_index(rng.choice(16, old, replace=False), (4, 4)), axis=1)
+    before, codes, _, settled = searched(points, codebooks, taken)
+    assert len(np.unique(np.concatenate([taken, codes]), axis=0)) == len(taken) + len(codes)  # 16 places, 16 at most
+    assert settled.shared == 0
+    everybody = np.concatenate([taken, before]).tolist()
+    crowded = {row[0] for row in everybody if everybody.count(row) > 1 and row in before.tolist()}
+    alone = np.array([row[0] not in crowded for row in before.tolist()])
+    assert np.array_equal(codes[alone], before[alone])
+
+
+def test_a_search_costs_less_than_reassignment() -> None:
+    rng = np.random.default_rng(0)
+    codebooks = rng.standard_normal((2, 16, 4)) * np.array([2.0, 1.0])[:, None, None]
+    points = rng.standard_normal((120, 4))
+    before, _, errors, _ = searched(points, codebooks)
+    halves, stayed = np.square(codebooks[1]).sum(axis=1) / 2, before.copy()
+    left = points - codebooks[0][before[:, 0]]
+    settle(stayed, NONE, 16, lambda rows, level: halves - left[rows] @ codebooks[1].T, how="reassign")
+    within = np.square(points - codebooks[0][stayed[:, 0]] - codebooks[1][stayed[:, 1]]).sum()
+    assert errors.sum() < within
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     num_codes=st.integers(1, 12),

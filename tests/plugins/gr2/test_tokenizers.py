@@ -187,13 +187,14 @@ def test_new_items_spill_beside_old_ones(make: Make) -> None:
 def test_every_way_to_choose_the_last_code(make: Make) -> None:
     catalog = catalog_of(clusters(120))
     sids = {}
-    for how in ("nearest", "reassign", "random", "uniform", "sinkhorn"):
+    for how in ("nearest", "reassign", "search", "random", "uniform", "sinkhorn"):
         tokenizer = replace_setting(make(), last_level=how)
         tokenizer.fit(catalog)
         sids[how] = tokenizer.encode(catalog)
-        assert np.array_equal(sids[how][:, :2], sids["nearest"][:, :2]), how  # only the last code is dealt out
+        if how != "search":
+            assert np.array_equal(sids[how][:, :2], sids["nearest"][:, :2]), how  # only the last code changes
     distinct = {how: len(np.unique(found, axis=0)) for how, found in sids.items()}
-    assert distinct["reassign"] == distinct["random"] == 120
+    assert distinct["reassign"] == distinct["search"] == distinct["random"] == 120
     assert distinct["nearest"] <= 40  # three copies of each
     assert distinct["nearest"] < distinct["uniform"] < 120
 
@@ -223,7 +224,7 @@ def test_kmeans_by_hand() -> None:
 
 
 def test_empty_codes_move_to_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rerankkit_gr2.kmeans, "_spread_seeds", lambda points, num_codes, rng: points[[0] * num_codes])
+    monkeypatch.setattr(rerankkit_gr2.kmeans, "_progressive", lambda points, num_codes, rng: points[[0] * num_codes])
     points = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     codebook = fit_kmeans(points, 8, 3, np.random.default_rng(0))
     assert len(set(nearest_codes(points, codebook).tolist())) == 8
