@@ -100,6 +100,16 @@ class TableData(_Data):
     """What to do with malformed rows: stop and show them, or count and skip them."""
 
 
+class Sids(Block):
+    """What is asked of the semantic IDs, whichever tokenizer draws them."""
+
+    min_unique: float = Field(default=0.99, ge=0, le=1)
+    """Least share of items whose SID nobody else holds. With fewer the run stops and shows its scorecard; 0 turns the
+    gate off. GR2 asks for 99%."""
+    keep: str = ""
+    """A finished run whose SIDs are kept: its items keep theirs for good, and only new items are given one."""
+
+
 class _Lists(Block):
     size: PositiveInt = Field(default=10, ge=2)
     """Candidates in a list."""
@@ -307,7 +317,7 @@ _VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
     "candidates": (KnnLists, PopularityLists, PolicyLists, FileLists),
     "policy": (ScratchPolicy, PretrainedPolicy),
 }
-_PLAIN: Mapping[str, type[Block]] = {"midtrain": Midtrain, "sft": Sft, "evaluate": Evaluate}
+_PLAIN: Mapping[str, type[Block]] = {"sids": Sids, "midtrain": Midtrain, "sft": Sft, "evaluate": Evaluate}
 _PARTS: Mapping[str, str] = {"tokenizer": "rqvae", "teacher": "rejection", "reward": "gr2", "optimizer": "dapo"}
 """Part blocks and the part that is chosen when a config says nothing."""
 _TOP = {"seed", "device", "plugin_files", "trackers", *_VARIANTS, *_PLAIN, *_PARTS}
@@ -367,6 +377,7 @@ class RunConfig:
     candidates: KnnLists | PopularityLists | PolicyLists | FileLists
     policy: ScratchPolicy | PretrainedPolicy
     tokenizer: ChosenPart
+    sids: Sids
     midtrain: Midtrain
     teacher: ChosenPart
     sft: Sft
@@ -380,7 +391,7 @@ class RunConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain JSON; `make_config` accepts it back."""
-        own = ("data", "candidates", "policy", "midtrain", "sft", "evaluate")
+        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "evaluate")
         return {
             "seed": self.seed,
             "device": self.device,

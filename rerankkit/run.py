@@ -47,6 +47,7 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     from rerankkit.stages.midtrain import midtrain
     from rerankkit.stages.rankings import Rankings, rank_users
     from rerankkit.stages.rl import reinforce, watching
+    from rerankkit.stages.scorecard import gated
     from rerankkit.stages.sft import fine_tune
     from rerankkit.stages.sids import SidMap, draw_sids
     from rerankkit.stages.traces import Traces, write_traces
@@ -60,7 +61,7 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     tables = source_digests(c.data, c.candidates)
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
-    sids = stage("sids", draw_sids, SidMap.load, c.tokenizer, c.data.embeddings, data)
+    sids = stage("sids", gated(draw_sids, folder), SidMap.load, c.tokenizer, c.data.embeddings, c.sids, data)
     mid = stage("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
     own = (sids, mid) if c.candidates.use == "policy" else (None, None)
     lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rerankkit.config import Embeddings
+from rerankkit.config import Embeddings, Sids
 from rerankkit.errors import DataError, RunFailed
 from rerankkit.protocols import Tokenizer
+from rerankkit.stages.scorecard import make_scorecard
 from rerankkit.store import read_json, write_json
 from rerankkit.types import Catalog, Item, RunInfo, Sid
 
@@ -25,7 +26,7 @@ class SidMap:
     """item_id -> SID."""
     codebook_sizes: tuple[int, ...]
     scorecard: Mapping[str, Any]
-    """How good they are: shares of distinct and of own SIDs, use of each level."""
+    """How good they are, as `stages.scorecard` measures it."""
     tokenizer: Tokenizer | None = None
     """The fitted tokenizer, where there is one to save; its folder lies beside the map."""
 
@@ -43,12 +44,12 @@ class SidMap:
         return [item_id for item_id, own in self.sids.items() if own == sid]
 
     def save(self, folder: Path) -> None:
-        """sids.json, and the tokenizer's own files in `tokenizer/`."""
+        """sids.json, scorecard.json, and the tokenizer's own files in `tokenizer/`."""
+        write_json(folder / "scorecard.json", self.scorecard)
         write_json(
             folder / "sids.json",
             {
                 "codebook_sizes": self.codebook_sizes,
-                "scorecard": self.scorecard,
                 "sids": {item_id: list(sid) for item_id, sid in self.sids.items()},
             },
         )
@@ -58,17 +59,15 @@ class SidMap:
 
     @classmethod
     def load(cls, folder: Path) -> SidMap:
-        """Read sids.json."""
+        """Read sids.json and scorecard.json."""
         record = read_json(folder / "sids.json")
         sids = {item_id: tuple(codes) for item_id, codes in record["sids"].items()}
-        return cls(sids, tuple(record["codebook_sizes"]), record["scorecard"])
+        return cls(sids, tuple(record["codebook_sizes"]), read_json(folder / "scorecard.json"))
 
 
-def draw_sids(tokenizer: Tokenizer, embeddings: Embeddings, dataset: Dataset, *, info: RunInfo) -> SidMap:
+def draw_sids(tokenizer: Tokenizer, embeddings: Embeddings, asked: Sids, dataset: Dataset, *, info: RunInfo) -> SidMap:
     """Fit the tokenizer on the catalogue and encode it. Raises RunFailed for codes outside the codebooks."""
     import numpy as np
-
-    from rerankkit.math.sids import sid_scorecard
 
     catalog = make_catalog(embeddings, dataset, info)
     tokenizer.fit(catalog)
@@ -83,7 +82,7 @@ def draw_sids(tokenizer: Tokenizer, embeddings: Embeddings, dataset: Dataset, *,
             "Its plugin is at fault."
         )
     sids = {item.item_id: tuple(map(int, row)) for item, row in zip(catalog.items, codes, strict=True)}
-    return SidMap(sids, sizes, sid_scorecard(codes, sizes), tokenizer)
+    return SidMap(sids, sizes, make_scorecard(codes, sizes, catalog, tokenizer, seed=info.seed), tokenizer)
 
 
 def make_catalog(embeddings: Embeddings, dataset: Dataset, info: RunInfo) -> Catalog:
