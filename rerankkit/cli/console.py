@@ -149,7 +149,6 @@ def print_comparison(comparison: Mapping[str, Any], a: str = "a", b: str = "b") 
 
 def print_scorecard(card: Mapping[str, Any]) -> None:
     """A scorecard of SIDs, on stdout: the numbers, by level, by prefix length, who collides, what codes mean."""
-    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -166,10 +165,11 @@ def print_scorecard(card: Mapping[str, Any]) -> None:
             table.add_row(*map(Text, row))
         if table.row_count:
             console.print()
-            console.print(Text(heading, "bold") if heading else "", end="\n" if heading else "")
+            if heading:
+                console.print(Text(heading, "bold"))
             console.print(table)
 
-    console.print(Text(capital(scorecard_headline(card)), "bold"))
+    console.print(Text(f"{capital(scorecard_headline(card))}.", "bold"))
     console.print(Text(capital(scorecard_shape(card)), "dim"))
     if card.get("missed_gate"):
         console.print(Text(card["missed_gate"], "yellow"))
@@ -187,6 +187,7 @@ def print_scorecard(card: Mapping[str, Any]) -> None:
             for place, level in enumerate(card["levels"], start=1)
         ],
     )
+    purity = [level for level in card["purity"] if level["categories"] > 1]
     inside = card["inside"] or [None] * len(card["depths"])
     section(
         "By prefix length",
@@ -196,7 +197,7 @@ def print_scorecard(card: Mapping[str, Any]) -> None:
             "items that share theirs",
             "most on one",
             "variance inside",
-            *(f"purity {level['level']} (chance)" for level in card["purity"]),
+            *(f"purity {level['level']} (chance)" for level in purity),
         ),
         [
             (
@@ -205,12 +206,12 @@ def print_scorecard(card: Mapping[str, Any]) -> None:
                 percent(depth["sharing"]),
                 f"{depth['largest']:,}",
                 "n/a" if inside[place] is None else percent(inside[place]),
-                *(f"{percent(one['purity'][place])} ({percent(one['chance'][place])})" for one in card["purity"]),
+                *(f"{percent(one['purity'][place])} ({percent(one['chance'][place])})" for one in purity),
             )
             for place, depth in enumerate(card["depths"])
         ],
     )
-    for level in card["purity"]:
+    for level in purity:
         console.print(
             Text(
                 f"purity {level['level']}: category level {level['level']}, {level['categories']:,} categories, "
@@ -222,28 +223,28 @@ def print_scorecard(card: Mapping[str, Any]) -> None:
     section(
         "The most crowded SIDs",
         ("<SID", "items", "<such as"),
-        [(value_text(c["sid"]), f"{c['num_items']:,}", " | ".join(c["titles"])) for c in card["collisions"]],
+        [(value_text(c["sid"]), f"{c['num_items']:,}", " | ".join(c["titles"][:2])) for c in card["collisions"]],
     )
     if card["tree"]:
         console.print()
         console.print(Text("What the first codes mean", "bold"))
     for node in card["tree"]:
-        console.print(_code_line(node))
-        for inner in node["inside"]:
-            console.print(Padding(_code_line(inner), (0, 0, 0, 4)))
+        for line in (_code_line(node), *map(_code_line, node["inside"])):
+            console.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def _code_line(node: Mapping[str, Any]) -> Text:
-    """`12  Hair > Shampoo 62%  (31 items)  shampoo, dandruff`"""
+    """`12  Hair > Shampoo 62%  31 items  shampoo, dandruff`; indented for a second-level code."""
     from rich.text import Text
 
     from rerankkit.stages.wording import percent
 
+    first = len(node["codes"]) == 1
     share = "" if node["category_share"] is None else f" {percent(node['category_share'])}"
-    line = Text(f"{' '.join(map(str, node['codes'])):<6}", "bold" if len(node["codes"]) == 1 else "")
-    line.append(f"{' > '.join(node['category']) or 'no category'}{share}", "default")
+    line = Text(f"{'' if first else '    '}{' '.join(map(str, node['codes'])):<{5 if first else 10}}")
+    line.append(f"{' > '.join(node['category']) or 'no category'}{share}", "bold" if first else "")
     line.append(f"  {node['num_items']:,} items", "dim")
-    return line.append(f"  {', '.join(node['words'])}" if node["words"] else "", "dim")
+    return line.append(f"  {', '.join(node['words'])}", "dim")
 
 
 def _change(found: Mapping[str, Any]) -> Text:

@@ -35,7 +35,7 @@ CODES, CODES_INSIDE = 12, 5
 """Biggest first-level codes in the tree, and biggest second-level codes inside each."""
 WORDS, TITLES_READ = 4, 1000
 """Telling words a code gets, and titles of a code that are read for them."""
-WORD_SCORE, WORD_SHARE = 3.0, 0.1
+WORD_SCORE, WORD_SHARE = 2.0, 0.1
 """A telling word is at least this many standard errors likelier inside, and in this share of the titles."""
 
 
@@ -72,42 +72,45 @@ def gated(draw: Callable[..., SidMap], folder: RunFolder) -> Callable[..., SidMa
     """`draw`, stopped by the config's gate: then the scorecard lies in the run folder, as JSON and as a page."""
 
     def drawn(*arguments: Any, **more: Any) -> SidMap:
-        sids = draw(*arguments, **more)
-        try:
-            check_gate(sids.scorecard, folder.config.sids, folder.config.tokenizer)
-        except RunFailed as missed:
-            from rerankkit.stages.render import render_scorecard
+        from rerankkit.stages.render import render_scorecard
 
-            card = {**sids.scorecard, "missed_gate": str(missed)}
-            data, page = (folder.path / name for name in FAILED_SIDS)
-            write_json(data, card)
-            write_text(page, render_scorecard(card))
-            raise RunFailed(f"{missed}\nThe whole scorecard: {page} (`rerankkit sids report {folder.path}`).") from None
-        return sids
+        sids = draw(*arguments, **more)
+        advice = missed_gate(sids.scorecard, folder.config.sids, folder.config.tokenizer)
+        if not advice:
+            return sids
+        card = {**sids.scorecard, "missed_gate": advice}
+        data, page = (folder.path / name for name in FAILED_SIDS)
+        write_json(data, card)
+        write_text(page, render_scorecard(card))
+        crowded = [
+            f"  {value_text(one['sid'])}: {one['num_items']:,} items, such as {' | '.join(one['titles'][:2])}"
+            for one in card["collisions"][:3]
+        ]
+        lines = [f"sids: only {scorecard_headline(card)}. The most crowded SIDs:", *crowded, advice]
+        raise RunFailed(
+            "\n".join([*lines, f"The whole scorecard: `rerankkit sids report {folder.path}`, or {page} in a browser."])
+        )
 
     return drawn
 
 
-def check_gate(card: Mapping[str, Any], asked: Sids, tokenizer: ChosenPart) -> None:
-    """Raise RunFailed if fewer items than `min_unique` have a SID of their own: who collides, and what to change."""
+def missed_gate(card: Mapping[str, Any], asked: Sids, tokenizer: ChosenPart) -> str:
+    """Empty if `min_unique` of the items have a SID of their own; else what was asked, and what can be changed."""
     if card["own_share"] >= asked.min_unique:
-        return
-    lines = [
-        f"sids: {uniqueness(card['own_share'])} of {card['num_items']:,} items have a SID of their own; "
-        f"sids.min_unique = {asked.min_unique:g} asks for {uniqueness(asked.min_unique)}. The most crowded SIDs:"
-    ]
-    for one in card["collisions"][:3]:
-        lines.append(f"  {value_text(one['sid'])}: {one['num_items']:,} items, such as {' | '.join(one['titles'][:2])}")
+        return ""
     settings = {f"tokenizer.{name}": value for name, value in tokenizer.resolved().items() if name in _MATTER}
-    named = "; ".join(f"{name} (now {value_text(value)})" for name, value in settings.items())
-    lines.append(f"What can be changed: {named}; or sids.min_unique itself (0 turns the gate off).")
+    named = ", ".join(f"{name} (now {value_text(value)})" for name, value in settings.items())
+    said = (
+        f"sids.min_unique = {asked.min_unique:g} asks for {uniqueness(asked.min_unique)}, so the run stopped. "
+        f"What can be changed: {named}, or sids.min_unique itself (0 turns the gate off)."
+    )
     equal = card["equal"]
     if equal["vectors"]:
-        lines.append(
-            f"{equal['vectors']:,} items have exactly another's vector ({equal['texts']:,} its text): a tokenizer that "
-            f"goes by vectors alone can give {uniqueness(equal['best_own_share'])} of items a SID of their own at most."
+        said += (
+            f" {equal['vectors']:,} items share their vector ({equal['texts']:,} their text): a tokenizer that goes by "
+            f"vectors alone can give {uniqueness(equal['best_own_share'])} of items a SID of their own at most."
         )
-    raise RunFailed("\n".join(lines))
+    return said
 
 
 _MATTER = ("use", "levels", "codes", "collisions", "reassign", "random_last")
@@ -151,11 +154,11 @@ def scorecard_facts(card: Mapping[str, Any]) -> dict[str, Any]:
         "items with a SID of their own": uniqueness(card["own_share"]),
         "most items on one SID": card["largest_collision"],
     }
-    facts["items with another's vector"] = card["equal"]["vectors"]
+    facts["items that share their vector"] = card["equal"]["vectors"]
     if card["equal"]["vectors"]:
-        facts["distinct SIDs / items by vectors alone, at most"] = uniqueness(card["equal"]["best_distinct_share"])
+        facts["distinct SIDs / items from vectors alone, at most"] = uniqueness(card["equal"]["best_distinct_share"])
     if card["equal"]["texts"]:
-        facts["items with another's text"] = card["equal"]["texts"]
+        facts["items that share their text"] = card["equal"]["texts"]
     if found := card["neighbours"]:
         facts[f"{found['k']} nearest neighbours kept by SID"] = (
             f"{percent(found['recall'])} (chance {percent(found['chance'])})"
@@ -341,8 +344,8 @@ def _each(titles: Iterable[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _words(title: str) -> tuple[str, ...]:
-    """Its different words; shared strings, as many titles are held."""
-    return tuple(dict.fromkeys(map(sys.intern, re.findall(r"[^\W\d_][\w'-]*\w", clean(title).lower()))))
+    """Its different words of three letters and more; the strings are shared, as many titles are held."""
+    return tuple(dict.fromkeys(map(sys.intern, re.findall(r"[^\W\d_][\w'-]+\w", clean(title).lower()))))
 
 
 def _title(item: Item) -> str:
