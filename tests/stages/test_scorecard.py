@@ -87,7 +87,7 @@ def test_equal_vectors_bound_what_vectors_alone_can_reach() -> None:
 
 def test_the_tree_says_what_codes_mean() -> None:
     kinds = {"Shampoo": "Hair", "Mask": "Hair", "Toner": "Face", "Serum": "Face", "Polish": "Nails"}
-    rows = {f"{kind} {brand} no{n}": (kinds[kind], kind) for kind in kinds for brand in "ABCD" for n in range(5)}
+    rows = {f"{kind} {brand} no{n} {kinds[kind]}": (kinds[kind], kind) for kind in kinds for brand in "ABCD" for n in range(5)}
     order = {
         kind: (list(dict.fromkeys(kinds.values())).index(home), n % 2) for n, (kind, home) in enumerate(kinds.items())
     }
@@ -97,14 +97,14 @@ def test_the_tree_says_what_codes_mean() -> None:
     assert (hair["codes"], hair["num_items"]) == ([0], 40)
     # half of its items are shampoos: the narrow path is shared by half of them
     assert (hair["category"], hair["category_share"]) == (["Hair", "Shampoo"], 0.5)
-    assert set(hair["words"]) == {"shampoo", "mask"}
+    assert hair["words"] == ["hair", "mask", "shampoo"]  # all titles, then half of them each
     assert [(one["codes"], one["num_items"], one["category"]) for one in hair["inside"]] == [
         ([0, 0], 20, ["Hair", "Shampoo"]),
         ([0, 1], 20, ["Hair", "Mask"]),
     ]
-    assert hair["inside"][0]["words"] == ["shampoo"]  # against the rest of code 0
+    assert hair["inside"][0]["words"] == ["shampoo"]  # against the rest of code 0, where all say hair
     assert len(set(hair["titles"])) == 4 and set(hair["titles"]) <= set(rows)
-    assert (nails["words"], nails["category_share"]) == (["polish"], 1.0)
+    assert (nails["words"], nails["category_share"]) == (["nails", "polish"], 1.0)
     assert face["num_items"] == 40
 
 
