@@ -202,7 +202,7 @@ def print_scorecard(card: Mapping[str, Any]) -> None:
         [
             (
                 str(place + 1),
-                f"{depth['prefixes']:,}",
+                f"{card['distinct_prefixes'][place]:,}",
                 percent(depth["sharing"]),
                 f"{depth['largest']:,}",
                 "n/a" if inside[place] is None else percent(inside[place]),

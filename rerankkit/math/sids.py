@@ -32,8 +32,6 @@ class LevelUse(TypedDict):
 class DepthUse(TypedDict):
     """How the items fall into prefixes of one length."""
 
-    prefixes: int
-    """Different prefixes of this length."""
     sharing: float
     """Items whose prefix somebody else has / items."""
     largest: int
@@ -50,6 +48,8 @@ class SidScorecard(TypedDict):
     """Items whose SID nobody else holds / items."""
     largest_collision: int
     """Items that share the most crowded SID; 1 when all are unique."""
+    distinct_prefixes: list[int]
+    """Different prefixes of length 1..L."""
     levels: list[LevelUse]
     depths: list[DepthUse]
     """For prefixes of length 1..L; the last are whole SIDs."""
@@ -73,14 +73,10 @@ def sid_scorecard(sids: NDArray[np.integer], codebook_sizes: Sequence[int]) -> S
         "distinct_share": len(holders[-1]) / num_items,
         "own_share": float((holders[-1] == 1).sum() / num_items),
         "largest_collision": int(holders[-1].max()),
+        "distinct_prefixes": list(map(len, holders)),
         "levels": [_level_use(sids[:, level], size) for level, size in enumerate(codebook_sizes)],
         "depths": [
-            {
-                "prefixes": len(counts),
-                "sharing": float(counts[counts > 1].sum() / num_items),
-                "largest": int(max(counts)),
-            }
-            for counts in holders
+            {"sharing": float(counts[counts > 1].sum() / num_items), "largest": int(max(counts))} for counts in holders
         ],
     }
 

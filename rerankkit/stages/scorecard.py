@@ -113,7 +113,7 @@ def missed_gate(card: Mapping[str, Any], asked: Sids, tokenizer: ChosenPart) -> 
     return said
 
 
-_MATTER = ("use", "levels", "codes", "collisions", "reassign", "random_last")
+_MATTER = ("use", "levels", "codes", "last_level", "on_full")
 """Settings that tokenizers commonly have and that decide on collisions, to be named where a block has them."""
 
 

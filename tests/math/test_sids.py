@@ -36,10 +36,8 @@ def test_by_hand() -> None:
     assert card["distinct_share"] == 0.75
     assert card["own_share"] == 0.5
     assert card["largest_collision"] == 2
-    assert card["depths"] == [
-        {"prefixes": 2, "sharing": 0.75, "largest": 3},  # 0: items 0, 1, 2; 1: item 3
-        {"prefixes": 3, "sharing": 0.5, "largest": 2},
-    ]
+    assert card["distinct_prefixes"] == [2, 3]  # 0 with items 0, 1, 2, and 1 with item 3
+    assert card["depths"] == [{"sharing": 0.75, "largest": 3}, {"sharing": 0.5, "largest": 2}]
     # both levels hold 3/4 and 1/4: entropy .75 * log2(4/3) + .25 * 2 = .811278
     for level, size in zip(card["levels"], (2, 4), strict=True):
         assert (level["size"], level["used"]) == (size, 2)

@@ -87,7 +87,12 @@ def test_equal_vectors_bound_what_vectors_alone_can_reach() -> None:
 
 def test_the_tree_says_what_codes_mean() -> None:
     kinds = {"Shampoo": "Hair", "Mask": "Hair", "Toner": "Face", "Serum": "Face", "Polish": "Nails"}
-    rows = {f"{kind} {brand} no{n} {kinds[kind]}": (kinds[kind], kind) for kind in kinds for brand in "ABCD" for n in range(5)}
+    rows = {
+        f"{kind} {brand} no{n} {kinds[kind]}": (kinds[kind], kind)
+        for kind in kinds
+        for brand in "ABCD"
+        for n in range(5)
+    }
     order = {
         kind: (list(dict.fromkeys(kinds.values())).index(home), n % 2) for n, (kind, home) in enumerate(kinds.items())
     }
@@ -197,7 +202,7 @@ def test_any_codes_of_any_catalogue_have_a_scorecard(codes: Any, seed: int, text
     shares += [card["neighbours"][key] for key in ("recall", "chance")] if card["neighbours"] else []
     assert all(0 <= share <= 1 for share in shares)
     assert card["own_share"] <= card["distinct_share"]
-    assert [depth["prefixes"] for depth in card["depths"]] == sorted(depth["prefixes"] for depth in card["depths"])
+    assert card["distinct_prefixes"] == sorted(card["distinct_prefixes"])
     for level in card["purity"]:
         assert level["purity"] == sorted(level["purity"])  # a longer prefix is never less pure
     scorecard_facts(card)

@@ -154,7 +154,7 @@ def test_more_items_than_room_share_and_do_not_fail(make: Make) -> None:
     catalog = catalog_of(np.ones((20, 12), dtype=np.float32))  # one prefix, 16 codes
     tokenizer.fit(catalog)
     card = sid_scorecard(tokenizer.encode(catalog), (16, 16, 16))
-    assert [depth["prefixes"] for depth in card["depths"]] == [1, 1, 16]
+    assert card["distinct_prefixes"] == [1, 1, 16]
 
 
 # k-means
