@@ -107,7 +107,7 @@ class Sids(Block):
     """Least share of items whose SID nobody else holds. With fewer the run stops and shows its scorecard; 0 turns the
     gate off. GR2 asks for 99%."""
     keep: str = ""
-    """A finished run whose SIDs are kept: its items keep theirs for good, and only new items are given one."""
+    """A finished run (or a folder of `rerankkit sids add`) whose SIDs are kept: only new items are given one."""
 
 
 class _Lists(Block):

@@ -61,7 +61,7 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     tables = source_digests(c.data, c.candidates)
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
-    sids = stage("sids", gated(draw_sids, folder), SidMap.load, c.tokenizer, c.data.embeddings, c.sids, data)
+    sids = stage("sids", gated(draw_sids, folder), SidMap.load, c.tokenizer, c.sids, c.data.embeddings, data)
     mid = stage("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
     own = (sids, mid) if c.candidates.use == "policy" else (None, None)
     lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)

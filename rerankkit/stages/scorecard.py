@@ -118,17 +118,26 @@ _MATTER = ("use", "levels", "codes", "last_level", "on_full")
 
 
 def load_scorecard(run: Path) -> dict[str, Any]:
-    """The scorecard of a run folder's latest SIDs, kept or stopped by the gate. Raises RunFolderError."""
-    if not is_run_folder(run):
-        raise RunFolderError(f"{run} is not a run folder. `rerankkit run CONFIG --out {run}` makes one.")
+    """The scorecard of a run folder's latest SIDs, kept or stopped by the gate, or in `run` itself.
+
+    Where only codes were counted, without vectors and titles, what is missing is empty or None. Raises RunFolderError.
+    """
     places = [run / FAILED_SIDS[0], *(run / "stages").glob("[0-9]*-sids/scorecard.json")]
     for place in places:
         if place.exists():
             card = read_json(place)
             if "own_share" not in card or "depths" not in card:
                 raise RunFolderError(f"{place} is damaged; do the sids stage again.")
-            return card
+            return {**_UNMEASURED, **card}
+    if not is_run_folder(run):
+        raise RunFolderError(f"{run} is not a run folder. `rerankkit run CONFIG --out {run}` makes one.")
     raise RunFolderError(f"{run} has no SIDs yet; `rerankkit run {run / 'config.json'} --until sids` draws them.")
+
+
+_UNMEASURED: Mapping[str, Any] = {
+    **dict.fromkeys(("equal", "neighbours", "inside", "reconstruction_error")),
+    **{"collisions": [], "purity": [], "tree": [], "account": {}},
+}
 
 
 def scorecard_headline(card: Mapping[str, Any]) -> str:
@@ -154,11 +163,12 @@ def scorecard_facts(card: Mapping[str, Any]) -> dict[str, Any]:
         "items with a SID of their own": uniqueness(card["own_share"]),
         "most items on one SID": card["largest_collision"],
     }
-    facts["items that share their vector"] = card["equal"]["vectors"]
-    if card["equal"]["vectors"]:
-        facts["distinct SIDs / items from vectors alone, at most"] = uniqueness(card["equal"]["best_distinct_share"])
-    if card["equal"]["texts"]:
-        facts["items that share their text"] = card["equal"]["texts"]
+    if equal := card["equal"]:
+        facts["items that share their vector"] = equal["vectors"]
+        if equal["vectors"]:
+            facts["distinct SIDs / items from vectors alone, at most"] = uniqueness(equal["best_distinct_share"])
+        if equal["texts"]:
+            facts["items that share their text"] = equal["texts"]
     if found := card["neighbours"]:
         facts[f"{found['k']} nearest neighbours kept by SID"] = (
             f"{percent(found['recall'])} (chance {percent(found['chance'])})"

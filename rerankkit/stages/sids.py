@@ -65,7 +65,7 @@ class SidMap:
         return cls(sids, tuple(record["codebook_sizes"]), read_json(folder / "scorecard.json"))
 
 
-def draw_sids(tokenizer: Tokenizer, embeddings: Embeddings, asked: Sids, dataset: Dataset, *, info: RunInfo) -> SidMap:
+def draw_sids(tokenizer: Tokenizer, sids: Sids, embeddings: Embeddings, dataset: Dataset, *, info: RunInfo) -> SidMap:
     """Fit the tokenizer on the catalogue and encode it. Raises RunFailed for codes outside the codebooks."""
     import numpy as np
 
@@ -81,8 +81,8 @@ def draw_sids(tokenizer: Tokenizer, embeddings: Embeddings, asked: Sids, dataset
             f"expected whole numbers [{len(catalog.items)}, {len(sizes)}] below the codebook sizes {sizes}. "
             "Its plugin is at fault."
         )
-    sids = {item.item_id: tuple(map(int, row)) for item, row in zip(catalog.items, codes, strict=True)}
-    return SidMap(sids, sizes, make_scorecard(codes, sizes, catalog, tokenizer, seed=info.seed), tokenizer)
+    drawn = {item.item_id: tuple(map(int, row)) for item, row in zip(catalog.items, codes, strict=True)}
+    return SidMap(drawn, sizes, make_scorecard(codes, sizes, catalog, tokenizer, seed=info.seed), tokenizer)
 
 
 def make_catalog(embeddings: Embeddings, dataset: Dataset, info: RunInfo) -> Catalog:

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from rerankkit.config import Sids, make_config
 from rerankkit.errors import RunFailed, RunFolderError
+from rerankkit.math.sids import sid_scorecard
 from rerankkit.plugins import load_plugins
+from rerankkit.stages.render import render_scorecard
 from rerankkit.stages.scorecard import gated, load_scorecard, make_scorecard, missed_gate, scorecard_facts
 from rerankkit.stages.sids import SidMap
 from rerankkit.stages.wording import uniqueness
@@ -260,6 +262,14 @@ def test_a_scorecard_that_is_not_there_or_damaged_is_an_error(tmp_path: Path) ->
     (place / "scorecard.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"2-sids.scorecard.json is damaged"):
         load_scorecard(tmp_path)
+
+
+def test_where_only_codes_were_counted_the_rest_is_missing(tmp_path: Path) -> None:
+    write_json(tmp_path / "scorecard.json", sid_scorecard(CODES, (2, 3)))
+    card = load_scorecard(tmp_path)
+    assert (card["own_share"], card["equal"], card["tree"]) == (0.6, None, [])
+    assert scorecard_facts(card)["items with a SID of their own"] == "60.0%"
+    assert "60.0% of 5 items" in render_scorecard(card)
 
 
 def test_nearly_all_is_not_all() -> None:
