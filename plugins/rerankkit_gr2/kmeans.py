@@ -2,35 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 8192
+CHUNK = 4096
 """Rows whose distances are held at once."""
 POINTS_PER_CODE = 256
 """Rows a codebook is fitted on, for each of its codes, when there are more."""
 _SEEDS_PER_CODE = 16  # k-means++ looks at a sample: it costs codes x rows distances one after the other
 
 
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """float32 matrix products through bfloat16 units, with float32 sums, on processors that have such units.
+
+    Of 384-dimensional text vectors about one in a thousand then takes another of two all but equally near codes; the
+    error of reconstruction stays the same to four digits. Elsewhere nothing changes.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def distances(points: Tensor, codebook: Tensor) -> Tensor:
+    """|p - c|^2 / 2 - |p|^2 / 2, [S, C], of points [S, D] and codes [C, D]: in a row the order of the distances."""
+    return torch.addmm(codebook.square().sum(dim=1) / 2, points, codebook.T, alpha=-1)
+
+
 def nearest_codes(points: Tensor, codebook: Tensor) -> Tensor:
     """[S] ids of the code nearest to each point [S, D] in a codebook [C, D]; the lowest id among equals."""
-    halves = codebook.square().sum(dim=1) / 2
-    # |p - c|^2 / 2 but for |p|^2 / 2, which is the same for all codes
-    parts = [torch.addmm(halves, part, codebook.T, alpha=-1).argmin(dim=1) for part in torch.split(points, CHUNK)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    ids = np.empty(len(points), dtype=np.int64)
+    for start in range(0, len(points), CHUNK):
+        # numpy's argmin is several times as fast as torch's on a CPU, and promises the lowest
+        near = distances(points[start : start + CHUNK], codebook)
+        ids[start : start + CHUNK] = near.numpy().argmin(axis=1)
+    return torch.from_numpy(ids)
 
 
-def fit_kmeans(points: Tensor, num_codes: int, iterations: int, rng: np.random.Generator) -> Tensor:
+def balanced_codes(points: Tensor, codebook: Tensor) -> Tensor:
+    """[S] ids such that no code has more than ceil(S / C) points: each code in turn takes the nearest that are left.
+
+    OneRec's balanced k-means (Deng et al. 2025, 2502.18965, algorithm 1). Holds [S, C] distances.
+    """
+    near = distances(points, codebook).numpy()
+    room = -(-len(points) // len(codebook))
+    ids = np.empty(len(points), dtype=np.int64)
+    left = np.arange(len(points))
+    for code in range(len(codebook)):
+        if len(left) > room:
+            order = np.argpartition(near[left, code], room - 1)
+            ids[left[order[:room]]], left = code, left[order[room:]]
+        else:
+            ids[left], left = code, left[:0]
+    return torch.from_numpy(ids)
+
+
+def fit_kmeans(
+    points: Tensor, num_codes: int, iterations: int, rng: np.random.Generator, *, balanced: bool = False
+) -> Tensor:
     """A codebook [C, D] for points [S, D]: k-means++ (Arthur & Vassilvitskii 2007), then Lloyd's iterations.
 
     A code that nobody is nearest to moves to the point that is worst served. With fewer different points than codes,
-    codes repeat one another.
+    codes repeat one another. `balanced` gives each code equally many points in every iteration.
     """
     codebook = _spread_seeds(points, num_codes, rng)
     before = None
     for _ in range(iterations):
-        ids = nearest_codes(points, codebook)
+        ids = balanced_codes(points, codebook) if balanced else nearest_codes(points, codebook)
         if before is not None and torch.equal(ids, before):
             break
         before = ids
@@ -46,12 +91,14 @@ def fit_kmeans(points: Tensor, num_codes: int, iterations: int, rng: np.random.G
     return codebook
 
 
-def fit_residual_kmeans(points: Tensor, num_levels: int, num_codes: int, iterations: int, seed: int) -> Tensor:
+def fit_residual_kmeans(
+    points: Tensor, num_levels: int, num_codes: int, iterations: int, seed: int, *, balanced: bool = False
+) -> Tensor:
     """Codebooks [L, C, D]: each level fitted on what the levels before it leave over. Overwrites `points` [S, D]."""
     rng = np.random.default_rng(seed)
     codebooks = []
     for _ in range(num_levels):
-        codebook = fit_kmeans(points, num_codes, iterations, rng)
+        codebook = fit_kmeans(points, num_codes, iterations, rng, balanced=balanced)
         for part in torch.split(points, CHUNK):
             part -= codebook[nearest_codes(part, codebook)]
         codebooks.append(codebook)
@@ -63,7 +110,8 @@ def residual_codes(points: Tensor, codebooks: Tensor) -> Tensor:
     codes = []
     for codebook in codebooks:
         codes.append(nearest_codes(points, codebook))
-        points = points - codebook[codes[-1]]
+        if len(codes) < len(codebooks):
+            points = points - codebook[codes[-1]]
     return torch.stack(codes, dim=1)
 
 

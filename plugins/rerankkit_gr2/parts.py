@@ -13,7 +13,7 @@ def rqvae(config: s.RqVaeConfig, info: RunInfo) -> Tokenizer:
     """`rqvae`"""
     from rerankkit_gr2.tokenizer import RqVae
 
-    return RqVae(seed=info.seed, **config.model_dump())
+    return RqVae(seed=info.seed, bar=info.progress, **config.model_dump())
 
 
 def residual_kmeans(config: s.ResidualKMeansConfig, info: RunInfo) -> Tokenizer:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss, normalize
 
-from rerankkit_gr2.kmeans import CHUNK, POINTS_PER_CODE, fit_residual_kmeans, residual_codes
+from rerankkit_gr2.kmeans import CHUNK, POINTS_PER_CODE, fit_residual_kmeans
 
 _INIT_ITERATIONS = 10
 
@@ -23,15 +24,44 @@ class Training:
 
     epochs: int
     min_steps: int
+    max_steps: int
     batch_size: int
     learning_rate: float
-    ema: bool
+    ema: str
+    """`residuals`: codes move towards the mean of their residuals. `optimizer`: codes learn by gradient and move only a
+    share (1 - decay) of each optimizer step. `off`: codes learn by gradient."""
     decay: float
     kmeans_init: bool
     diversity: float
     dead_code_reset: int
     commitment: float
+    contrastive: float
+    contrastive_temperature: float
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """Who is engaged together with whom, as the rows of a sparse matrix."""
+
+    starts: NDArray[np.int64]
+    """[N + 1]; the partners of item i are `partners[starts[i] : starts[i + 1]]`."""
+    partners: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, pairs: NDArray[np.int64], num_items: int) -> Contrast:
+        """From pairs [E, 2] in either order; a pair that occurs twice is drawn twice as often."""
+        both = np.concatenate([pairs, pairs[:, ::-1]])
+        both = both[both[:, 0] != both[:, 1]]
+        both = both[np.argsort(both[:, 0], kind="stable")]
+        return cls(np.searchsorted(both[:, 0], np.arange(num_items + 1)), both[:, 1].copy())
+
+    def draw(self, rows: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions in `rows` of the items that have a partner, and for each a partner at random."""
+        counts = self.starts[rows + 1] - self.starts[rows]
+        places = np.flatnonzero(counts)
+        picks = self.starts[rows[places]] + (rng.random(len(places)) * counts[places]).astype(np.int64)
+        return places, self.partners[picks]
 
 
 class RqVaeNet(nn.Module):
@@ -54,51 +84,57 @@ class RqVaeNet(nn.Module):
         latents: Tensor = self.encoder((points - self.centre) / self.scale)
         return latents
 
-    @torch.inference_mode()
-    def codes(self, points: Tensor) -> Tensor:
-        """Nearest codes [B, L] of inputs [B, D]."""
-        return residual_codes(self.latents(points), self.codebooks)
-
-    @torch.inference_mode()
-    def reconstruct(self, codes: Tensor) -> Tensor:
-        """Inputs [B, D] as the codes [B, L] remember them."""
-        quantised = sum(self.codebooks[level][codes[:, level]] for level in range(codes.shape[1]))
-        restored: Tensor = self.decoder(quantised) * self.scale + self.centre
+    def restored(self, latents: Tensor) -> Tensor:
+        """[B, Z] -> [B, D]."""
+        restored: Tensor = self.decoder(latents) * self.scale + self.centre
         return restored
 
 
-def train(embeddings: NDArray[np.float32], net: RqVaeNet, how: Training) -> None:
-    """Fit `net` to embeddings [N, D], which are read in batches and never copied whole.
+def train(
+    embeddings: NDArray[np.float32],
+    net: RqVaeNet,
+    how: Training,
+    contrast: Contrast | None = None,
+    bar: Callable[..., Iterator[Any]] = lambda items, **how: iter(items),
+) -> None:
+    """Train in place, from embeddings [N, D] of which only batches and a sample are ever copied.
 
     Loss of a batch, with r_1 = encoder(x), e_k the code nearest to r_k, r_{k+1} = r_k - e_k, and z the straight-through
     sum of the e_k:
 
         |decoder(z) - x|^2 + commitment * sum_k |r_k - sg(e_k)|^2          (means over dimensions; sg: stop gradient)
-        + sum_k |sg(r_k) - e_k|^2                                          without EMA
+        + sum_k |sg(r_k) - e_k|^2                                          unless codes follow residuals by EMA
         + diversity * sum_k C * sum_j p_kj^2,  p_k = batch mean of softmax(-|r_k - e|^2)
+        + contrastive * InfoNCE(r_1, r_1 of a co-engaged item)             see `contrastive_loss`
 
-    RQ-VAE: Lee et al. 2022, 2203.01941; for recommendation: Rajput et al. 2023, 2305.05065. EMA, diversity loss and
-    dead-code reset as readers of GR2 (Liang et al. 2026, 2602.07774) report them; their weights are our choice.
+    RQ-VAE: Lee et al. 2022, 2203.01941; for recommendation: Rajput et al. 2023, 2305.05065. EMA, diversity loss,
+    dead-code reset and contrastive loss as readers of GR2 (Liang et al. 2026, 2602.07774) report them; their weights,
+    and how partners are drawn, are our choice.
     """
     rng = np.random.default_rng(how.seed)
-    num_items = len(embeddings)
     _standardise(net, embeddings)
-    net.codebooks.requires_grad_(not how.ema)
+    net.codebooks.requires_grad_(how.ema != "residuals")
     if how.kmeans_init:
         _init_codebooks(net, embeddings, how, rng)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=how.learning_rate, fused=True)
     unused = torch.zeros(net.codebooks.shape[:2], dtype=torch.long)  # [L, C] batches since a code was last used
-    batch_size = min(how.batch_size, num_items)
-    batches = -(-num_items // batch_size)
-    epochs = max(how.epochs, -(-how.min_steps // batches))
-    for _ in range(epochs):
-        order = rng.permutation(num_items)
-        for start in range(0, num_items, batch_size):
-            batch = torch.from_numpy(np.asarray(embeddings[order[start : start + batch_size]], dtype=np.float32))
-            residuals, ids = _step(net, batch, how, optimizer)
-            with torch.no_grad():
-                for level in range(len(unused)):
-                    move_codes(net.codebooks[level], unused[level], residuals[level], ids[level], how)
+    batch_size = min(how.batch_size, len(embeddings))
+    epoch_steps = -(-len(embeddings) // batch_size)
+    num_steps = min(max(how.epochs * epoch_steps, how.min_steps), max(how.max_steps, how.min_steps))
+    batches = _batches(len(embeddings), batch_size, rng)
+    for _, rows in zip(bar(range(num_steps), total=num_steps, what="training the RQ-VAE"), batches, strict=False):
+        points = _standard(net, embeddings, rows)
+        partners = None
+        if contrast is not None and how.contrastive:
+            places, others = contrast.draw(rows, rng)
+            partners = torch.from_numpy(places), torch.from_numpy(others), _standard(net, embeddings, others)
+        before = net.codebooks.detach().clone() if how.ema == "optimizer" else None
+        residuals, ids = _step(net, points, torch.from_numpy(rows), partners, how, optimizer)
+        with torch.no_grad():
+            if before is not None:
+                net.codebooks.copy_(torch.lerp(net.codebooks, before, how.decay))
+            for level in range(len(unused)):
+                move_codes(net.codebooks[level], unused[level], residuals[level], ids[level], how)
 
 
 def diversity_loss(distances: Tensor) -> Tensor:
@@ -107,10 +143,25 @@ def diversity_loss(distances: Tensor) -> Tensor:
     return len(use) * use.square().sum()
 
 
+def contrastive_loss(latents: Tensor, others: Tensor, rows: Tensor, other_rows: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018, 1807.03748, eq. 4) of latents [B, Z] and their partners' [B, Z], both ways.
+
+    Cosines over `temperature`; the negatives of a row are the partners of the other rows, but for those that are the
+    row's own item or its partner again (`rows`, `other_rows`: [B] item numbers).
+    """
+    cosines = normalize(latents, dim=1) @ normalize(others, dim=1).T / temperature
+    same = (other_rows[None, :] == other_rows[:, None]) | (other_rows[None, :] == rows[:, None])
+    same |= rows[None, :] == rows[:, None]
+    same.fill_diagonal_(False)
+    logits = cosines.masked_fill(same, -torch.inf)
+    labels = torch.arange(len(logits))
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+
 def move_codes(codebook: Tensor, unused: Tensor, residuals: Tensor, ids: Tensor, how: Training) -> None:
     """EMA and dead-code reset of one level, in place: codebook [C, Z], unused [C], residuals [B, Z], ids [B]."""
     counts = torch.bincount(ids, minlength=len(codebook))
-    if how.ema:
+    if how.ema == "residuals":
         # GR2's reading: a code moves towards the mean of this batch's residuals; one without any stays
         means = torch.zeros_like(codebook).index_add_(0, ids, residuals) / counts.clamp(min=1)[:, None]
         codebook.copy_(torch.where(counts[:, None] > 0, torch.lerp(means, codebook, how.decay), codebook))
@@ -125,20 +176,38 @@ def move_codes(codebook: Tensor, unused: Tensor, residuals: Tensor, ids: Tensor,
         unused[dead[: len(worst)]] = 0
 
 
+def _batches(num_items: int, batch_size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Item numbers, batch by batch, each epoch in an order of its own, without end."""
+    while True:
+        order = rng.permutation(num_items)
+        for start in range(0, num_items, batch_size):
+            yield order[start : start + batch_size]
+
+
+def _standard(net: RqVaeNet, embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
+    points = torch.from_numpy(np.asarray(embeddings[rows], dtype=np.float32))
+    return points.sub_(net.centre).div_(net.scale)
+
+
 def _step(
-    net: RqVaeNet, batch: Tensor, how: Training, optimizer: torch.optim.Optimizer
+    net: RqVaeNet,
+    inputs: Tensor,
+    rows: Tensor,
+    partners: tuple[Tensor, Tensor, Tensor] | None,
+    how: Training,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """One gradient step; each level's residuals [B, Z] and codes [B]."""
-    inputs = (batch - net.centre) / net.scale
     latents = net.encoder(inputs)
     residual, quantised, loss = latents, torch.zeros_like(latents), torch.zeros(())
     residuals, ids = [], []
     for codebook in net.codebooks:
-        distances = residual.square().sum(1, keepdim=True) - 2 * residual @ codebook.T + codebook.square().sum(1)
-        chosen = distances.detach().argmin(dim=1)
+        with torch.set_grad_enabled(how.diversity > 0):
+            distances = residual.square().sum(1, keepdim=True) - 2 * residual @ codebook.T + codebook.square().sum(1)
+        chosen = torch.from_numpy(distances.detach().numpy().argmin(axis=1))
         code = codebook[chosen]
         loss = loss + how.commitment * mse_loss(residual, code.detach())
-        if not how.ema:
+        if how.ema != "residuals":
             loss = loss + mse_loss(code, residual.detach())
         if how.diversity:
             loss = loss + how.diversity * diversity_loss(distances)
@@ -148,6 +217,12 @@ def _step(
         quantised = quantised + code.detach()
     straight_through = latents + (quantised - latents).detach()
     loss = loss + mse_loss(net.decoder(straight_through), inputs)
+    if partners is not None and len(partners[0]) > 1:
+        places, other_rows, other_inputs = partners
+        other_latents = net.encoder(other_inputs)
+        loss = loss + how.contrastive * contrastive_loss(
+            latents[places], other_latents, rows[places], other_rows, how.contrastive_temperature
+        )
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     optimizer.step()
@@ -156,11 +231,10 @@ def _step(
 
 def _standardise(net: RqVaeNet, embeddings: NDArray[np.float32]) -> None:
     """Set the net's centre [D] to the mean, and its scale to the deviation over all dimensions."""
-    centre = embeddings.mean(axis=0, dtype=np.float64)
-    total = sum(
-        np.square(embeddings[i : i + CHUNK] - centre, dtype=np.float64).sum() for i in range(0, len(embeddings), CHUNK)
-    )
-    net.centre.copy_(torch.from_numpy(centre))
+    starts = range(0, len(embeddings), CHUNK)
+    centre = sum(embeddings[i : i + CHUNK].sum(axis=0, dtype=np.float64) for i in starts) / len(embeddings)
+    total = sum(np.square(embeddings[i : i + CHUNK] - centre, dtype=np.float64).sum() for i in starts)
+    net.centre.copy_(torch.from_numpy(np.asarray(centre)))
     net.scale.fill_(float(np.sqrt(total / embeddings.size)) or 1.0)
 
 
@@ -172,8 +246,8 @@ def _init_codebooks(net: RqVaeNet, embeddings: NDArray[np.float32], how: Trainin
     rows = np.arange(len(embeddings))
     if len(rows) > most:
         rows = np.sort(rng.choice(rows, most, replace=False))
-    parts = [embeddings[rows[i : i + CHUNK]] for i in range(0, len(rows), CHUNK)]
-    latents = torch.cat([net.latents(torch.from_numpy(np.asarray(part, dtype=np.float32))) for part in parts])
+    parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    latents = torch.cat([net.encoder(_standard(net, embeddings, part)) for part in parts])
     net.codebooks.copy_(fit_residual_kmeans(latents, num_levels, num_codes, _INIT_ITERATIONS, how.seed))
 
 

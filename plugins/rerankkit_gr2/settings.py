@@ -9,26 +9,45 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from rerankkit.plugins import PluginConfig
 
 
-class ResidualKMeansConfig(PluginConfig):
+class _TokenizerConfig(PluginConfig):
+    levels: PositiveInt = 4
+    """Codes in a SID."""
+    codes: PositiveInt = 256
+    """Codes to choose from at each level."""
+    last_level: Literal["nearest", "reassign", "random", "uniform", "sinkhorn"] = "reassign"
+    """How last codes are chosen, at export. `nearest`: as quantised, so that like items share a SID. `reassign`: where
+    SIDs collide, all different at the least error (linear assignment within the prefix). `random`: GR2's random last
+    level, unused codes of the prefix first. `uniform`: the same, used or not. `sinkhorn`: LC-Rec's balanced transport
+    within the prefix. Drawn once, and kept."""
+    random_levels: PositiveInt = 1
+    """Of `random` and `uniform`: how many last levels are drawn (GR2's M)."""
+    on_full: Literal["spill", "share", "refuse"] = "spill"
+    """What becomes of items whose prefix has no SID left (`reassign`, `random`): they take the nearest prefix that has
+    one, or share a SID, or the run stops."""
+
+    @model_validator(mode="after")
+    def _prefixed(self) -> Self:
+        if self.random_levels > 1 and self.random_levels >= self.levels:
+            raise ValueError(
+                f"random_levels is {self.random_levels}, and of {self.levels} levels one must say something"
+            )
+        return self
+
+
+class ResidualKMeansConfig(_TokenizerConfig):
     """Residual k-means: fast and deterministic."""
 
-    levels: PositiveInt = 4
-    """Codes in a SID."""
-    codes: PositiveInt = 256
-    """Codes to choose from at each level."""
     iterations: PositiveInt = 25
     """k-means iterations a level."""
-    reassign: bool = True
-    """Resolve collisions by the best assignment of the last code within each prefix."""
+    balanced: bool = False
+    """Fit every level so that its codes have equally many items (OneRec's balanced k-means)."""
 
 
-class RqVaeConfig(PluginConfig):
+class RqVaeConfig(_TokenizerConfig):
     """RQ-VAE with GR2's techniques, each a switch; see docs/papers.md for what is the paper's and what is ours."""
 
-    levels: PositiveInt = 4
-    """Codes in a SID."""
-    codes: PositiveInt = 256
-    """Codes to choose from at each level."""
+    last_level: Literal["nearest", "reassign", "random", "uniform", "sinkhorn"] = "random"
+    """How last codes are chosen, at export: as for `residual-kmeans`. GR2's random last level is the default."""
     latent: PositiveInt = 32
     """Width of the quantized vector."""
     hidden: tuple[PositiveInt, ...] = (256, 128)
@@ -37,24 +56,29 @@ class RqVaeConfig(PluginConfig):
     """Passes over the catalogue."""
     min_steps: NonNegativeInt = 400
     """A small catalogue gets more passes, until it has made this many batches."""
+    max_steps: PositiveInt = 8000
+    """A large catalogue gets fewer: training ends after this many batches."""
     batch_size: PositiveInt = 256
     """Items in a batch."""
     learning_rate: PositiveFloat = 1e-3
-    """Learning rate of encoder and decoder."""
+    """Learning rate of encoder and decoder (Adam)."""
     commitment: NonNegativeFloat = 0.25
     """Weight of the commitment loss."""
     kmeans_init: bool = True
     """Start codebooks from k-means of the residuals, level by level."""
-    ema: bool = True
-    """Move codebooks by exponential moving averages instead of by gradient."""
+    ema: Literal["residuals", "optimizer", "off"] = "residuals"
+    """What is averaged exponentially. `residuals`: codes follow the mean of their residuals, without gradient.
+    `optimizer`: codes learn by gradient, and move only a share (1 - decay) of each optimizer step. `off`: nothing."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Decay of that average."""
     diversity: NonNegativeFloat = 0.01
     """Weight of the diversity loss; 0 is off."""
     dead_code_reset: NonNegativeInt = 50
     """Batches after which an unused code moves to where the error is worst; 0 is off."""
-    random_last: bool = True
-    """Draw the last code at random among those unused within the prefix, once, and keep it."""
+    contrastive: NonNegativeFloat = 0.0
+    """Weight of the contrastive loss over items that follow one another in a training history; 0 is off."""
+    contrastive_temperature: PositiveFloat = 0.1
+    """Temperature of that loss."""
 
 
 class FeaturesBackend(PluginConfig):

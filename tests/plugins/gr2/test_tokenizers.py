@@ -18,8 +18,8 @@ from rerankkit.errors import DataError, RunFolderError
 from rerankkit.math.sids import sid_scorecard
 from rerankkit.protocols import Tokenizer
 from rerankkit.types import Catalog, Item
-from rerankkit_gr2.kmeans import fit_kmeans, nearest_codes
-from rerankkit_gr2.rqvae import RqVaeNet, Training, diversity_loss, move_codes, train
+from rerankkit_gr2.kmeans import balanced_codes, fit_kmeans, nearest_codes
+from rerankkit_gr2.rqvae import Contrast, RqVaeNet, Training, contrastive_loss, diversity_loss, move_codes, train
 from rerankkit_gr2.tokenizer import ResidualKMeans, RqVae
 
 Make: TypeAlias = Callable[[], Tokenizer]
@@ -47,6 +47,13 @@ def kmeans() -> ResidualKMeans:
 
 def rqvae() -> RqVae:
     return RqVae(levels=3, codes=16, latent=4, hidden=(16,), epochs=1, min_steps=20, batch_size=32)
+
+
+def replace_setting(tokenizer: Tokenizer, **settings: Any) -> Any:
+    for name, value in settings.items():
+        assert hasattr(tokenizer, name)
+        setattr(tokenizer, name, value)
+    return tokenizer
 
 
 both = pytest.mark.parametrize("make", [kmeans, rqvae])
@@ -149,12 +156,59 @@ def test_refusals(make: Make, tmp_path: Path) -> None:
 
 
 @both
-def test_more_items_than_room_share_and_do_not_fail(make: Make) -> None:
-    tokenizer = make()
+def test_what_happens_where_a_prefix_is_full(make: Make) -> None:
     catalog = catalog_of(np.ones((20, 12), dtype=np.float32))  # one prefix, 16 codes
+    spilling = make()
+    spilling.fit(catalog)
+    sids = spilling.encode(catalog)
+    assert sid_scorecard(sids, (16, 16, 16))["distinct_prefixes"] == [1, 2, 20]
+    assert spilling.facts()["spilled"] == 4  # type: ignore[attr-defined]
+    assert sorted(np.bincount(sids[:, 1])[np.unique(sids[:, 1])].tolist()) == [4, 16]
+    sharing = replace_setting(make(), on_full="share")
+    sharing.fit(catalog)
+    assert sid_scorecard(sharing.encode(catalog), (16, 16, 16))["distinct_prefixes"] == [1, 1, 16]
+    with pytest.raises(DataError, match=r"4 items find their prefix full, .* room for 16 items"):
+        replace_setting(make(), on_full="refuse").fit(catalog)
+
+
+@both
+def test_new_items_spill_beside_old_ones(make: Make) -> None:
+    tokenizer = make()
+    catalog = catalog_of(np.ones((10, 12), dtype=np.float32))
     tokenizer.fit(catalog)
-    card = sid_scorecard(tokenizer.encode(catalog), (16, 16, 16))
-    assert card["distinct_prefixes"] == [1, 1, 16]
+    before = tokenizer.encode(catalog)
+    new = tokenizer.encode(catalog_of(np.ones((30, 12), dtype=np.float32), first=10))  # 6 places left, then others'
+    assert np.array_equal(tokenizer.encode(catalog), before)
+    assert len(np.unique(np.concatenate([before, new]), axis=0)) == 40
+    assert (new[:, 1] == before[0, 1]).sum() == 6
+
+
+@both
+def test_every_way_to_choose_the_last_code(make: Make) -> None:
+    catalog = catalog_of(clusters(120))
+    sids = {}
+    for how in ("nearest", "reassign", "random", "uniform", "sinkhorn"):
+        tokenizer = replace_setting(make(), last_level=how)
+        tokenizer.fit(catalog)
+        sids[how] = tokenizer.encode(catalog)
+        assert np.array_equal(sids[how][:, :2], sids["nearest"][:, :2]), how  # only the last code is dealt out
+    distinct = {how: len(np.unique(found, axis=0)) for how, found in sids.items()}
+    assert distinct["reassign"] == distinct["random"] == 120
+    assert distinct["nearest"] <= 40  # three copies of each
+    assert distinct["nearest"] < distinct["uniform"] < 120
+
+
+@both
+def test_what_the_sids_remember(make: Make) -> None:
+    embeddings = clusters(300, copies=1)
+    tokenizer = replace_setting(make(), last_level="nearest")
+    if isinstance(tokenizer, RqVae):
+        tokenizer.min_steps = 400
+    tokenizer.fit(catalog_of(embeddings))
+    restored = tokenizer.reconstruct(tokenizer.encode(catalog_of(embeddings)))  # type: ignore[attr-defined]
+    assert restored.shape == (300, 12) and restored.dtype == np.float32
+    variance = np.square(embeddings - embeddings.mean(axis=0)).sum()
+    assert np.square(restored - embeddings).sum() < 0.3 * variance
 
 
 # k-means
@@ -181,17 +235,17 @@ def test_fewer_points_than_codes() -> None:
     assert set(codebook.squeeze(1).tolist()) == {0.0, 5.0}
 
 
-def with_codebook(values: list[float]) -> ResidualKMeans:
+def with_codebook(values: list[float], **settings: Any) -> ResidualKMeans:
     """Fitted on one far item (code 0), then given a codebook by hand."""
-    tokenizer = ResidualKMeans(levels=1, codes=len(values), iterations=1)
+    tokenizer = ResidualKMeans(levels=1, codes=len(values), iterations=1, **settings)
     tokenizer.fit(catalog_of(np.zeros((1, 1), dtype=np.float32)))
-    tokenizer._codebooks = torch.tensor(values).reshape(1, -1, 1)
+    tokenizer._fitted = torch.tensor(values).reshape(1, -1, 1)
     tokenizer._book.codes[:] = values.index(max(values))  # the only item in the book sits on the highest code
     return tokenizer
 
 
 def test_reassignment_by_hand() -> None:
-    tokenizer = with_codebook([0.0, 1.0, 5.0, 99.0])
+    tokenizer = with_codebook([0.0, 1.0, 5.0, 99.0], on_full="share")
     # 0 and .4 are both nearest to 0. (0 -> 0, .4 -> 1) costs 0 + .36; (0 -> 1, .4 -> 0) costs 1 + .16.
     assert tokenizer.encode(catalog_of(np.array([[0.0], [0.4]], dtype=np.float32), first=1)).tolist() == [[0], [1]]
     # 0 and 1 are taken, 99 too: 5 is what is left
@@ -214,19 +268,29 @@ def test_reassignment_is_optimal(places: list[float]) -> None:
     assert sum((place - codes[code]) ** 2 for place, code in zip(places, got, strict=True)) == pytest.approx(best)
 
 
-def test_without_reassignment_copies_share() -> None:
-    tokenizer = ResidualKMeans(levels=2, codes=4, reassign=False)
-    catalog = catalog_of(clusters(30))
-    tokenizer.fit(catalog)
-    sids = tokenizer.encode(catalog)
-    assert np.array_equal(sids[0], sids[1])
+def test_balanced_codes_by_hand() -> None:
+    points, codebook = torch.tensor([[0.0], [1.0], [2.0], [10.0]]), torch.tensor([[0.0], [10.0]])
+    # two points a code: 0 and 1 go to the first; 2, nearer to it as well, is left for the second
+    assert balanced_codes(points, codebook).tolist() == [0, 0, 1, 1]
+
+
+def test_balanced_kmeans_uses_its_codes_more_evenly() -> None:
+    rng = np.random.default_rng(0)
+    skewed = np.exp(rng.standard_normal((400, 6))).astype(np.float32)
+    entropy = {}
+    for balanced in (False, True):
+        tokenizer = ResidualKMeans(levels=2, codes=8, balanced=balanced, last_level="nearest")
+        tokenizer.fit(catalog_of(skewed))
+        entropy[balanced] = sid_scorecard(tokenizer.encode(catalog_of(skewed)), (8, 8))["levels"][0]["entropy"]
+    assert entropy[True] > entropy[False] + 0.2
 
 
 # RQ-VAE
 
 HOW = Training(
-    epochs=1, min_steps=1, batch_size=4, learning_rate=1e-3, ema=True, decay=0.9, kmeans_init=False, diversity=0.0,
-    dead_code_reset=0, commitment=0.25, seed=0,
+    epochs=1, min_steps=1, max_steps=100, batch_size=4, learning_rate=1e-3, ema="residuals", decay=0.9,
+    kmeans_init=False, diversity=0.0, dead_code_reset=0, commitment=0.25, contrastive=0.0, contrastive_temperature=0.1,
+    seed=0,
 )  # fmt: skip
 
 
@@ -239,7 +303,7 @@ def test_ema_by_hand() -> None:
 
 
 def test_dead_code_reset_by_hand() -> None:
-    how = replace(HOW, ema=False, dead_code_reset=2)
+    how = replace(HOW, ema="off", dead_code_reset=2)
     codebook, unused = torch.tensor([[0.0], [10.0]]), torch.zeros(2, dtype=torch.long)
     residuals, ids = torch.tensor([[1.0], [3.0], [-2.0]]), torch.tensor([0, 0, 0])
     move_codes(codebook, unused, residuals, ids, how)
@@ -255,6 +319,77 @@ def test_diversity_by_hand() -> None:
     assert diversity_loss(torch.tensor([[0.0, 99.0], [99.0, 0.0]])).item() == pytest.approx(1)
 
 
+def test_the_average_of_optimizer_steps() -> None:
+    points = clusters(30)
+    nets = {}
+    for ema in ("off", "optimizer"):
+        net = RqVaeNet(12, levels=1, codes=4, latent=3, hidden=())
+        torch.manual_seed(0)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter)
+        start = net.codebooks.detach().clone()
+        train(points, net, replace(HOW, ema=ema, decay=0.75, batch_size=30))
+        nets[ema] = net.codebooks.detach() - start
+    # one step of one batch: Adam's step, and a quarter of it
+    assert nets["off"].abs().max() > 0
+    torch.testing.assert_close(nets["optimizer"], 0.25 * nets["off"], rtol=1e-3, atol=1e-7)
+
+
+def test_contrast_by_hand() -> None:
+    # cosines [[1, 0], [0, 1]] over .5 = [[2, 0], [0, 2]]: -log(e^2 / (e^2 + 1)) = .126928 in every row and column
+    one, other = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    rows, others = torch.tensor([0, 1]), torch.tensor([2, 3])
+    assert contrastive_loss(one, other, rows, others, 0.5).item() == pytest.approx(0.126928, abs=1e-5)
+    # the second's partner is the first item itself: no negative for it, so each row is sure of its own
+    assert contrastive_loss(one, other, rows, torch.tensor([2, 0]), 0.5).item() == pytest.approx(0.126928 / 2, abs=1e-5)
+    # both have the same partner: nothing is negative
+    assert contrastive_loss(one, other, rows, torch.tensor([2, 2]), 0.5).item() == 0
+
+
+def test_partners_are_drawn_from_those_engaged_together() -> None:
+    contrast = Contrast.of(np.array([[0, 1], [1, 2], [1, 1]]), 4)
+    rng = np.random.default_rng(0)
+    drawn: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    for _ in range(50):
+        places, partners = contrast.draw(np.array([3, 2, 1, 0]), rng)
+        assert places.tolist() == [1, 2, 3]  # item 3 has no partner
+        for place, partner in zip(places, partners, strict=True):
+            drawn[3 - place].add(int(partner))
+    assert drawn == {0: {1}, 1: {0, 2}, 2: {1}}
+
+
+def test_contrast_draws_co_engaged_items_together() -> None:
+    rng = np.random.default_rng(0)
+    embeddings = rng.standard_normal((64, 12)).astype(np.float32)
+    pairs = np.stack([np.arange(0, 64, 2), np.arange(1, 64, 2)], axis=1)
+    near = {}
+    for weight in (0.0, 1.0):
+        net = RqVaeNet(12, levels=2, codes=8, latent=4, hidden=(16,))
+        how = replace(HOW, epochs=60, batch_size=32, contrastive=weight)
+        train(embeddings, net, how, Contrast.of(pairs, 64))
+        latents = torch.nn.functional.normalize(net.latents(torch.from_numpy(embeddings)), dim=1)
+        near[weight] = (latents[pairs[:, 0]] * latents[pairs[:, 1]]).sum(1).mean().item()
+    assert near[1.0] > near[0.0] + 0.3
+
+
+def test_contrast_needs_pairs() -> None:
+    with pytest.raises(DataError, match=r"contrastive = 0.5 needs items that follow one another"):
+        RqVae(contrastive=0.5).fit(catalog_of(clusters(30)))
+
+
+def test_a_large_catalogue_gets_fewer_passes() -> None:
+    steps: list[int] = []
+
+    def bar(items: Any, **how: Any) -> Any:
+        steps.append(how["total"])
+        return iter(items)
+
+    for epochs, least, most in ((2, 0, 99), (2, 50, 99), (40, 0, 30)):
+        how = replace(HOW, epochs=epochs, min_steps=least, max_steps=most, batch_size=10)
+        train(clusters(100), RqVaeNet(12, levels=1, codes=4, latent=3, hidden=()), how, None, bar)
+    assert steps == [20, 50, 30]
+
+
 def test_the_encoder_learns_from_the_reconstruction() -> None:
     net = RqVaeNet(12, levels=2, codes=4, latent=3, hidden=(8,))
     before = [parameter.detach().clone() for parameter in net.encoder.parameters()]
@@ -262,24 +397,31 @@ def test_the_encoder_learns_from_the_reconstruction() -> None:
     assert not any(torch.equal(*pair) for pair in zip(before, net.encoder.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_training_lowers_the_reconstruction_error(ema: bool) -> None:
+@pytest.mark.parametrize("ema", ["residuals", "optimizer", "off"])
+def test_training_lowers_the_reconstruction_error(ema: str) -> None:
     embeddings = clusters(300, copies=1)
 
     def error(steps: int) -> float:
-        tokenizer = RqVae(levels=3, codes=16, epochs=1, min_steps=steps, ema=ema, random_last=False)
+        tokenizer = RqVae(levels=3, codes=16, epochs=1, min_steps=steps, ema=ema, last_level="nearest")
         tokenizer.fit(catalog_of(embeddings))
-        assert tokenizer._net is not None
-        sids = torch.from_numpy(tokenizer.encode(catalog_of(embeddings)))
-        return float(np.square(tokenizer._net.reconstruct(sids).numpy() - embeddings).mean())
+        return float(np.square(tokenizer.reconstruct(tokenizer.encode(catalog_of(embeddings))) - embeddings).mean())
 
     assert error(150) < 0.6 * error(2)
 
 
 @pytest.mark.parametrize(
-    "off", [{"ema": False}, {"kmeans_init": False}, {"diversity": 0.0}, {"dead_code_reset": 0}, {"random_last": False}]
+    "other",
+    [
+        {"ema": "off"},
+        {"ema": "optimizer"},
+        {"kmeans_init": False},
+        {"diversity": 0.0},
+        {"dead_code_reset": 0},
+        {"last_level": "nearest"},
+        {"contrastive": 0.5},
+    ],
 )
-def test_every_switch_changes_something(off: dict[str, bool | float]) -> None:
+def test_every_switch_changes_something(other: dict[str, Any]) -> None:
     common: dict[str, Any] = {
         "levels": 3,
         "codes": 16,
@@ -288,21 +430,11 @@ def test_every_switch_changes_something(off: dict[str, bool | float]) -> None:
         "epochs": 80,
         "dead_code_reset": 5,
     }
-    catalog = catalog_of(clusters(100, copies=1))
-    on, without = RqVae(**common), RqVae(**{**common, **off})
+    catalog = replace(catalog_of(clusters(100, copies=1)), pairs=np.stack([np.arange(99), np.arange(1, 100)], axis=1))
+    on, without = RqVae(**common), RqVae(**{**common, **other})
     on.fit(catalog)
     without.fit(catalog)
     assert not np.array_equal(on.encode(catalog), without.encode(catalog))
-
-
-def test_copies_share_unless_the_last_code_is_random() -> None:
-    catalog = catalog_of(clusters(60))
-    for random_last in (True, False):
-        tokenizer = RqVae(levels=3, codes=8, latent=4, hidden=(16,), epochs=1, min_steps=20, random_last=random_last)
-        tokenizer.fit(catalog)
-        sids = tokenizer.encode(catalog)
-        assert np.array_equal(sids[0, :2], sids[1, :2])
-        assert np.array_equal(sids[0], sids[1]) is not random_last
 
 
 def test_unique_on_beauty(beauty: Path) -> None:

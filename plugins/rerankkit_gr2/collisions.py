@@ -1,0 +1,264 @@
+"""What becomes of items that a quantizer cannot tell apart: how the last codes of a prefix are dealt out.
+
+A quantizer gives items that are alike the same codes. Each way here takes the nearest codes [n, L] of new items and the
+SIDs [M, L] that are given already, and changes last codes, in place, of the new ones only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from rerankkit.errors import DataError
+
+LastLevel: TypeAlias = Literal["nearest", "reassign", "random", "uniform", "sinkhorn"]
+OnFull: TypeAlias = Literal["spill", "share", "refuse"]
+Codes: TypeAlias = NDArray[np.int64]
+Near: TypeAlias = Callable[[NDArray[np.int64], int], NDArray[np.float32]]
+"""(rows [k], level) -> [k, C]: for each row, what is left of it before that level against each of the level's codes,
+half the squared distance but for a constant of the row."""
+
+_AT_ONCE = 4096
+"""Rows whose distances are held at once; a prefix with more rows is held whole."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What happened to the rows of one call."""
+
+    moved: int
+    """Rows whose SID is not their nearest codes'."""
+    spilled: int
+    """Of these, rows whose prefix had no room left, and that went to the nearest prefix with room."""
+    shared: int
+    """Rows that found no place of their own and share a SID."""
+
+
+def settle(
+    codes: Codes,
+    taken: Codes,
+    num_codes: int,
+    near: Near,
+    *,
+    how: LastLevel,
+    on_full: OnFull = "spill",
+    random_levels: int = 1,
+    seed: int = 0,
+) -> Settled:
+    """Deal out last codes of `codes` [n, L], in place, beside the SIDs `taken` [M, L].
+
+    nearest: change nothing. reassign: in every prefix where SIDs collide, the last codes that are free are dealt out
+    anew so that all differ and the sum of squared errors is least (a linear assignment). random: the last
+    `random_levels` codes come from a deck of each prefix's own, shuffled by (seed, prefix), so that unused ones come
+    first (GR2, 2602.07774). uniform: drawn at random, used or not. sinkhorn: in every prefix where SIDs collide, the
+    likeliest code under a transport plan that uses all codes alike (LC-Rec, 2311.09049); it separates most, not all.
+
+    A prefix has room for `num_codes ** random_levels` items. What `on_full` says happens to those beyond (reassign and
+    random): spill: they take a free place under the nearest prefix that has one; share: they keep a place that is held
+    already; refuse: DataError.
+    """
+    first = codes.copy()
+    beyond = np.empty(0, dtype=np.int64)
+    if how == "uniform":
+        _draw(codes, num_codes, random_levels, np.random.default_rng([seed, len(taken)]))
+    elif how == "random":
+        beyond = _deal(codes, taken, num_codes, random_levels, seed)
+    elif how == "reassign":
+        beyond = _reassign(codes, taken, num_codes, near)
+    elif how == "sinkhorn":
+        _sinkhorn(codes, taken, num_codes, near)
+    if len(beyond) and on_full == "refuse":
+        prefix = codes[beyond[0], : codes.shape[1] - random_levels].tolist()
+        raise DataError(
+            f"{len(beyond):,} items find their prefix full, the first of them {prefix}: it has room for "
+            f"{num_codes**random_levels:,} items. Raise the tokenizer's codes or levels, or set "
+            'on_full = "spill" to let them take the nearest prefix with room'
+        )
+    spilled = 0
+    if len(beyond) and on_full == "spill":
+        if random_levels > 1 or codes.shape[1] == 1:
+            raise DataError(
+                f"{len(beyond):,} items find their prefix full and no other to go to; raise the tokenizer's codes or "
+                "levels"
+            )
+        spilled = len(beyond)
+        _spill(codes, taken, beyond, num_codes, near, seed if how == "random" else None)
+    moved = int((codes != first).any(axis=1).sum())
+    return Settled(moved, spilled, _num_shared(codes, taken))
+
+
+def group_ids(codes: Codes) -> NDArray[np.int64]:
+    """[n] numbers that are equal where rows of `codes` [n, d] are."""
+    groups = np.zeros(len(codes), dtype=np.int64)
+    for column in codes.T:  # numbered anew at each level: the product of all sizes may overflow
+        _, groups = np.unique(groups * (int(column.max(initial=0)) + 1) + column, return_inverse=True)
+    return groups
+
+
+def _num_shared(codes: Codes, taken: Codes) -> int:
+    groups = group_ids(np.concatenate([taken, codes]))
+    return int((np.bincount(groups)[groups[len(taken) :]] > 1).sum()) if len(codes) else 0
+
+
+def _draw(codes: Codes, num_codes: int, levels: int, rng: np.random.Generator) -> None:
+    codes[:, -levels:] = rng.integers(num_codes, size=(len(codes), levels))
+
+
+def _deal(codes: Codes, taken: Codes, num_codes: int, levels: int, seed: int) -> NDArray[np.int64]:
+    """Give each row the next card of its prefix's deck; rows for which there was none keep a used one.
+
+    The deck of a prefix is (start + i * stride) mod C^levels, i = 0, 1, ...: start and a stride without common divisor
+    are drawn by hashing (seed, prefix), so every code is as likely, none comes twice, and no deck has to be stored.
+    """
+    size = num_codes**levels
+    prefixes = codes[:, :-levels]
+    groups = group_ids(np.concatenate([taken[:, :-levels], prefixes]))
+    held, new = groups[: len(taken)], groups[len(taken) :]
+    start, stride = _decks(prefixes, size, seed)
+    turn = _turns(new)
+    contested = np.isin(new, held)
+    for group in np.unique(new[contested]):  # prefixes that hold items already: skip what these have
+        rows = np.flatnonzero(new == group)
+        used = _joined(taken[held == group][:, -levels:], num_codes)
+        deck = (start[rows[0]] + stride[rows[0]] * np.arange(min(size, len(used) + len(rows)))) % size
+        free = np.flatnonzero(~np.isin(deck, used))
+        turn[rows] = np.concatenate([free, np.arange(size, size + len(rows))])[: len(rows)]
+    cards = (start + stride * (turn % size)) % size
+    for level in range(levels):
+        codes[:, -1 - level] = cards // num_codes**level % num_codes
+    return np.flatnonzero(turn >= size)
+
+
+def _decks(prefixes: Codes, size: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Start and stride [n] of each row's deck."""
+    # splitmix64 (Steele et al. 2014) over the prefix; uint64 wraps around, as it should
+    state = np.full(len(prefixes), seed, dtype=np.uint64)
+    for column in prefixes.T.astype(np.uint64):
+        state = _mixed(state + column + np.uint64(1))
+    strides = np.arange(1, min(size, 1 << 16) + 1)
+    strides = strides[np.gcd(strides, size) == 1]
+    start = (_mixed(state + np.uint64(1)) % np.uint64(size)).astype(np.int64)
+    return start, strides[(_mixed(state + np.uint64(2)) % np.uint64(len(strides))).astype(np.int64)]
+
+
+def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _turns(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[n] how many rows of the same group come before each row."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    turns = np.empty(len(groups), dtype=np.int64)
+    turns[order] = np.arange(len(groups)) - np.repeat(first, np.diff(first, append=len(groups)))
+    return turns
+
+
+def _joined(codes: Codes, num_codes: int) -> NDArray[np.int64]:
+    """The columns of [n, m] as digits of one number [n]."""
+    joined: NDArray[np.int64] = codes @ num_codes ** np.arange(codes.shape[1] - 1, -1, -1)
+    return joined
+
+
+def _contested(codes: Codes, taken: Codes) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, NDArray[np.int64]]]:
+    """The rows of prefixes in which a new SID collides, prefix by prefix; where each begins; last codes held there."""
+    both = np.concatenate([taken, codes])
+    prefixes = group_ids(both[:, :-1])
+    whole = group_ids(np.column_stack([prefixes, both[:, -1]]))
+    colliding = np.bincount(whole)[whole] > 1
+    colliding[: len(taken)] = False
+    open_ = np.zeros(prefixes.max(initial=-1) + 1, dtype=bool)
+    open_[prefixes[colliding]] = True
+    new = prefixes[len(taken) :]
+    rows = np.flatnonzero(open_[new])
+    rows = rows[np.argsort(new[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(new[rows], prepend=-1))
+    held_rows = np.flatnonzero(open_[prefixes[: len(taken)]])
+    held_rows = held_rows[np.argsort(prefixes[held_rows], kind="stable")]
+    parts = np.split(held_rows, np.flatnonzero(np.diff(prefixes[held_rows])) + 1) if len(held_rows) else []
+    held = {int(prefixes[part[0]]): taken[part, -1] for part in parts}
+    return rows, starts, {i: held[g] for i, g in enumerate(new[rows[starts]].tolist()) if g in held}
+
+
+def _reassign(codes: Codes, taken: Codes, num_codes: int, near: Near) -> NDArray[np.int64]:
+    last, every = codes.shape[1] - 1, np.arange(num_codes)
+    rows, starts, held = _contested(codes, taken)
+    ends = np.append(starts[1:], len(rows))
+    beyond = []
+    group = 0
+    while group < len(starts):
+        upto = max(group + 1, int(np.searchsorted(ends, starts[group] + _AT_ONCE, side="right")))
+        some = rows[starts[group] : ends[upto - 1]]
+        costs = near(some, last).astype(np.float64)
+        offset = starts[group]
+        for g in range(group, upto):
+            owners, cost = some[starts[g] - offset : ends[g] - offset], costs[starts[g] - offset : ends[g] - offset]
+            if g in held:
+                free = np.delete(every, held[g])
+                who, what = linear_sum_assignment(cost[:, free])
+                what = free[what]
+            else:
+                who, what = linear_sum_assignment(cost)
+            codes[owners[who], -1] = what
+            if len(who) < len(owners):
+                beyond.append(np.delete(owners, who))
+        group = upto
+    return np.concatenate(beyond) if beyond else np.empty(0, dtype=np.int64)
+
+
+def _sinkhorn(codes: Codes, taken: Codes, num_codes: int, near: Near, sharpness: float = 0.003) -> None:
+    """Sinkhorn-Knopp on distances scaled to [-1, 1], 50 rounds, as LC-Rec does for items that collide."""
+    rows, starts, _ = _contested(codes, taken)
+    for some in np.split(rows, starts[1:]):
+        if not len(some):
+            continue
+        cost = near(some, codes.shape[1] - 1).astype(np.float64)
+        cost -= cost.min(axis=1, keepdims=True)  # the row's own constant, which `near` leaves open
+        middle, reach = (cost.max() + cost.min()) / 2, (cost.max() - cost.min()) / 2
+        logits = -(cost - middle) / ((reach or 1.0) * sharpness)
+        for _ in range(50):
+            logits -= np.logaddexp.reduce(logits, axis=0, keepdims=True)
+            logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        codes[some, -1] = logits.argmax(axis=1)
+
+
+def _spill(codes: Codes, taken: Codes, beyond: NDArray[np.int64], num_codes: int, near: Near, seed: int | None) -> None:
+    """Each row of `beyond` takes a free place under the nearest prefix with room, one row after the other.
+
+    The place: the nearest free last code, or with a seed the next card of that prefix's deck.
+    """
+    last = codes.shape[1] - 1
+    settled = np.ones(len(codes), dtype=bool)
+    settled[beyond] = False
+    stems = group_ids(np.concatenate([taken, codes])[:, : last - 1])
+    for stem in np.unique(stems[len(taken) :][beyond]):
+        mine = beyond[stems[len(taken) :][beyond] == stem]
+        under = np.concatenate([taken[stems[: len(taken)] == stem], codes[(stems[len(taken) :] == stem) & settled]])
+        used = np.zeros((num_codes, num_codes), dtype=bool)
+        used[under[:, -2], under[:, -1]] = True
+        wishes = near(mine, last - 1)
+        for row, wish in zip(mine.tolist(), wishes, strict=True):
+            room = ~used.all(axis=1)
+            if not room.any():
+                raise DataError(
+                    f"all {num_codes**2:,} SIDs that begin with {codes[row, : last - 1].tolist()} are given, and there "
+                    f"are {len(mine):,} more items for them; raise the tokenizer's levels or codes"
+                )
+            codes[row, -2] = int(np.where(room, wish, np.inf).argmin())
+            free = ~used[codes[row, -2]]
+            if seed is None:
+                codes[row, -1] = int(np.where(free, near(np.array([row]), last)[0], np.inf).argmin())
+            else:
+                start, stride = _decks(codes[[row], :-1], num_codes, seed)
+                deck = (start + stride * np.arange(num_codes)) % num_codes
+                codes[row, -1] = int(deck[free[deck]][0])
+            used[codes[row, -2], codes[row, -1]] = True
