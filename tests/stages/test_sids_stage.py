@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rerankkit.config import Embeddings
+from rerankkit.config import Embeddings, Sids
 from rerankkit.errors import DataError, RunFailed, RunFolderError
 from rerankkit.plugins import load_plugins
 from rerankkit.stages.sids import SidMap, draw_sids, make_catalog
@@ -50,7 +50,7 @@ def pairs(n: int) -> NDArray[np.int64]:
 
 
 def draw(shop: Shop, codes: Any, sizes: tuple[int, ...]) -> SidMap:
-    return draw_sids(Fake(codes, sizes), Embeddings(dim=4), shop.dataset, info=RunInfo())
+    return draw_sids(Fake(codes, sizes), Sids(), Embeddings(dim=4), shop.dataset, info=RunInfo())
 
 
 def test_every_item_gets_the_codes_of_its_row(shop: Shop) -> None:
@@ -167,7 +167,7 @@ def test_a_real_tokenizer_draws_the_same_sids_every_time(shop: Shop) -> None:
     spec = load_plugins(only="gr2").part("tokenizer", "residual-kmeans", "")
     settings = spec.config(levels=2, codes=32, iterations=3)  # type: ignore[call-arg]
     one, two = (
-        draw_sids(spec.build(settings, RunInfo(seed=3)), Embeddings(dim=8), shop.dataset, info=RunInfo(seed=3))
+        draw_sids(spec.build(settings, RunInfo(seed=3)), Sids(), Embeddings(dim=8), shop.dataset, info=RunInfo(seed=3))
         for _ in range(2)
     )
     assert one.sids == two.sids and one.codebook_sizes == (32, 32)
