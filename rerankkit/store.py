@@ -326,6 +326,19 @@ def read_status(path: Path) -> list[StageStatus]:
     return list(latest.values())
 
 
+def finished_stage(run: Path, name: str) -> Path:
+    """The folder that holds a finished stage of a run. Raises RunFolderError if there is none."""
+    if not is_run_folder(run):
+        raise RunFolderError(f"{run} is not a run folder. `rerankkit run CONFIG --out {run}` makes one.")
+    for folder in (run / "stages").glob(f"[0-9]*-{name}"):
+        if _fingerprint_of(folder):
+            return folder
+    state = "unfinished" if list((run / "stages").glob(f"[0-9]*-{name}.work")) else "still to do"
+    raise RunFolderError(
+        f"{run}: its stage {name} is {state}; `rerankkit run {run / 'config.json'} --until {name}` finishes it."
+    )
+
+
 def holder_of(path: Path) -> dict[str, Any]:
     """`pid` and `host` of the process that is at work on a run folder; empty if none is."""
     from filelock import FileLock, Timeout
