@@ -320,23 +320,44 @@ def test_without_sids_there_is_nothing_to_report(call: Call, tmp_path: Path) -> 
     assert call("sids", "report", "absent")[0] == 2
 
 
-def test_a_run_is_stopped_by_the_gate_and_its_next_attempt_forgets(call: Call, tmp_path: Path) -> None:
-    setup = [
-        "data.num_users=40",
-        "tokenizer.use=residual-kmeans",
-        "tokenizer.levels=2",
-        "--out",
-        "run",
-        "--until",
-        "sids",
-    ]
-    code, out, err = call("run", QUICKSTART, "tokenizer.codes=4", *setup)
+PAIRING = """
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+from rerankkit import Catalog, PluginConfig, Register, hookimpl
 
-    assert (code, out) == (1, "") and "error: sids: only " in err and "sids.min_unique = 0.99 asks for 99.0%" in err
+
+@dataclass
+class Pairing:
+    codebook_sizes = (500,)
+
+    def fit(self, catalog: Catalog) -> None: ...
+    def encode(self, catalog: Catalog): return np.arange(len(catalog.items))[:, None] // 2
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+@hookimpl
+def rerankkit_register(register: Register) -> None:
+    register.tokenizers.add("pairing", PluginConfig, lambda config, info: Pairing())
+"""
+"""A tokenizer that puts two items on each SID, and has none of the optional methods."""
+
+
+def test_a_run_is_stopped_by_the_gate_and_its_next_attempt_forgets(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "pairing.py").write_text(PAIRING)
+    setup = ["plugin_files=pairing.py", "tokenizer.use=pairing", "--out", "run", "--until", "sids"]
+    code, out, err = call("run", QUICKSTART, *setup)
+
+    assert (code, out) == (1, "")
+    assert (
+        "error: sids: only 0% of 240 items have a SID of their own. The most crowded SIDs:\n  0: 2 items, such" in err
+    )
+    assert "What can be changed: tokenizer.use (now pairing), or sids.min_unique itself" in err
     assert (tmp_path / "run" / "sids.html").exists() and not (tmp_path / "run" / "stages" / "2-sids").exists()
     assert "so the run stopped" in call("sids", "report", "run")[1]
 
-    assert call("run", QUICKSTART, "tokenizer.codes=4", "sids.min_unique=0", *setup)[0] == 0
+    assert call("run", QUICKSTART, "sids.min_unique=0", *setup)[0] == 0
     assert not (tmp_path / "run" / "sids.html").exists()
     assert "so the run stopped" not in call("sids", "report", "run")[1]
 
