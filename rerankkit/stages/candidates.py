@@ -78,10 +78,10 @@ def _by_policy(config: PolicyLists, dataset: Dataset, sids: SidMap, policy: Poli
     from rerankkit.text.prompts import sequence_prompt
 
     items = sids.attach(dataset.items)
-    trie = build_trie(sids.sids.values(), policy)
+    trie = build_trie([item.sid for item in items.values()], policy)
     holders: dict[tuple[int, ...], list[str]] = {}
-    for item_id, sid in sids.sids.items():
-        holders.setdefault(sid, []).append(item_id)
+    for item in items.values():
+        holders.setdefault(item.sid, []).append(item.item_id)
     for sharing in holders.values():  # items of one SID tie: a seeded order, never the catalogue's
         sharing.sort(key=lambda item_id: seeded_hash(info.seed, item_id))
 

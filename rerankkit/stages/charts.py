@@ -70,16 +70,19 @@ def line_chart(
     y_label: str,
     span: tuple[float, float] | None = None,
     x_label: str = "step",
+    behind: Mapping[str, Points] | None = None,
 ) -> str:
     """A figure with one line for each series, as HTML; empty when there is nothing finite to draw.
 
-    `span` is a least range of the y axis; data outside widens it.
+    `span` is a least range of the y axis; data outside widens it. `behind` are dotted lines to compare series of the
+    same name with. The x axis counts steps, epochs, codes: whole numbers.
     """
     runs = {name: finite(thin(points)) for name, points in series.items()}
     runs = {name: found for name, found in runs.items() if found}
     if not runs:
         return ""
-    every = [point for found in runs.values() for run in found for point in run]
+    dotted = {name: finite((behind or {}).get(name, ())) for name in runs}
+    every = [point for found in (*runs.values(), *dotted.values()) for run in found for point in run]
     x_low, x_high = _range([x for x, _ in every], None, margin=0.0)
     y_low, y_high = _range([y for _, y in every], span)
 
@@ -101,7 +104,7 @@ def line_chart(
         body.append(f'<text class="tick" x="{LEFT - 7:g}" y="{y}" dy=".32em" text-anchor="end">{number(tick)}</text>')
     axis = HEIGHT - BOTTOM
     body.append(f'<line class="axis" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{axis:g}" y2="{axis:g}"/>')
-    for tick in ticks(x_low, x_high, 5):
+    for tick in filter(float.is_integer, map(float, ticks(x_low, x_high, 5))):
         x = f"{px(tick):.1f}"
         body.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{axis:g}" y2="{axis + 4:g}"/>')
         body.append(f'<text class="tick" x="{x}" y="{axis + 16:g}" text-anchor="middle">{number(tick)}</text>')
@@ -109,7 +112,8 @@ def line_chart(
         f'<text class="tick" x="{WIDTH - RIGHT:g}" y="{HEIGHT - 5:g}" text-anchor="end">{escape(x_label)}</text>'
     )
     smoothed = False
-    for index, found in enumerate(runs.values()):
+    for index, (name, found) in enumerate(runs.items()):
+        body += [path(run, f"behind c{index % 6}") for run in dotted[name]]
         for run in found:
             if len(run) > SMOOTH_FROM:
                 smoothed = True

@@ -58,11 +58,11 @@ def source_digests(*configs: object) -> dict[str, str]:
     sources: list[str] = []
     for config in configs:
         if isinstance(config, TableData):
-            sources += [*table_sources(config), config.embeddings.path]
+            sources += table_sources(config)
+        if isinstance(config, TableData | WorldData):
+            sources += [config.embeddings.path, *config.side.values()]
         elif isinstance(config, FileLists):
             sources += [config.train, config.valid, config.test]
-        elif isinstance(config, WorldData):
-            sources += [config.embeddings.path]
     return {source: _sha256(Path(source)) for source in sources if source and not source.startswith("hf://")}
 
 

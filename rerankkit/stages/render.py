@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from rerankkit.stages.scorecard import scorecard_facts, scorecard_headline, scorecard_shape
 from rerankkit.stages.wording import BOUNDS, capital, change, label, number, percent, points, signed, value_text
 
 
@@ -75,22 +76,11 @@ def render_html(
     `metrics` are the records of `metrics.jsonl`, `examples` come from `example_card`. Whatever is in them is text:
     everything is escaped.
     """
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "label": label,
-        "value": value_text,
-        "typo": _typeset,
-    }
     names = _metric_names(report["rows"])
-    page = environment.from_string(files("rerankkit.stages").joinpath("report.html.j2").read_text("utf-8"))
-    return page.render(
+    return _page(
+        "report.html.j2",
         report=report,
         bounds_names=BOUNDS,
         names=names,
@@ -107,7 +97,66 @@ def render_html(
         examples=examples,
         parts=report["manifest"].get("parts", []),
         manifest={key: value for key, value in report["manifest"].items() if key != "parts"},
+        **_scorecard(report.get("scorecard", {})),
     )
+
+
+def render_scorecard(card: Mapping[str, Any]) -> str:
+    """The scorecard of a catalogue's SIDs (`stages.scorecard`) as a page of its own, under the same rules."""
+    return _page("sids.html.j2", headline=capital(scorecard_headline(card)), **_scorecard(card))
+
+
+def _page(name: str, **context: Any) -> str:
+    """One of the templates beside this file, filled in; everything is escaped but what is Markup."""
+    from importlib.resources import files
+
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    def read(name: str) -> str:
+        return files("rerankkit.stages").joinpath(name).read_text("utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "label": label,
+        "value": value_text,
+        "typo": _typeset,
+    }
+    return environment.get_template(name).render(**context)
+
+
+def _scorecard(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What scorecard.html.j2 needs; a report may have none."""
+    from markupsafe import Markup
+
+    from rerankkit.stages.charts import line_chart
+
+    if not card:
+        return {"scorecard": card}
+    purity = [level for level in card["purity"] if level["categories"] > 1]  # one category for all says nothing
+
+    def by_depth(values: Sequence[float]) -> list[tuple[float, float]]:
+        return [(depth, value) for depth, value in enumerate(values, start=1)]
+
+    told = {f"category level {level['level']}": by_depth(level["purity"]) for level in purity}
+    chance = {f"category level {level['level']}": by_depth(level["chance"]) for level in purity}
+    left = {"items that share it": by_depth([depth["sharing"] for depth in card["depths"]])}
+    if card["inside"]:
+        left["variance inside"] = by_depth(card["inside"])
+    figures = [
+        line_chart(told, "What a prefix tells", "category purity; dotted: by chance", (0.0, 1.0), "codes read", chance),
+        line_chart(left, "What it leaves open", "share", (0.0, 1.0), "codes read"),
+    ]
+    return {
+        "scorecard": card,
+        "facts": scorecard_facts(card),
+        "condition": scorecard_shape(card),
+        "purity": purity,
+        "figures": [Markup(figure) for figure in figures if figure] if len(card["depths"]) > 1 else [],
+    }
 
 
 def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

@@ -48,6 +48,15 @@ def percent(value: float) -> str:
     return f"{points:.0f}%" if points == 0 or abs(points) >= 9.95 else f"{points:.1f}%"
 
 
+def uniqueness(share: float) -> str:
+    """A share near 1, as finely as it takes, and 100% for all only: `98.7%`, `99.996%`, `100%`."""
+    for digits in range(1, 8):
+        text = f"{100 * share:.{digits}f}"
+        if share >= 1 or float(text) < 100:
+            break
+    return f"{text.rstrip('0').rstrip('.') if share in (0, 1) else text}%"
+
+
 def points(value: float) -> str:
     """A difference in points: 0.081 is `8.1`."""
     return f"{100 * value + 0.0:.1f}"

@@ -37,3 +37,14 @@ def test_labels_are_escaped() -> None:
     whiskers = charts.interval_chart({"<u>": {"<b>": (1.0, 0.0, 2.0), "&": (1.0, 0.0, 2.0)}}, "<i>", "<s>")
     for tag in ("<b>&", "<i>", "<x>", "<u>", "<s>"):
         assert tag not in (figure + whiskers).replace("<figcaption><b>", "").replace("<i class", "")
+
+
+def test_what_to_compare_with_is_dotted_in_the_same_colour_and_widens_the_axis() -> None:
+    lines = {"a": [(1, 0.5), (2, 1.0)], "b": [(1, 0.4), (2, 0.6)]}
+    figure = charts.line_chart(lines, "t", "y", behind={"b": [(1, 0.0), (2, 0.2)], "c": [(1, 9.0)]})
+    assert figure.count('class="behind c1"') == figure.count('class="behind') == 1
+    # y from -.04 to 1.04 (a margin of .04 of the range), 174 px high above 184: 0 is at 184 - .04 / 1.08 * 174 = 177.6
+    assert figure.split('class="behind c1" d="M48.0,')[1].startswith("177.6")
+    alone = charts.line_chart({"a": [(1, 0.5), (2, 1.0)]}, "t", "y")
+    ticks = [part.split("<")[0] for part in alone.split('text-anchor="middle">')[1:]]
+    assert ticks == ["1", "2"]  # steps and codes are whole numbers
