@@ -29,7 +29,11 @@ class Tokenizer(Protocol):
         """Learn the codebooks from the catalogue."""
 
     def encode(self, catalog: Catalog) -> NDArray[np.int64]:
-        """Codes [N, L] for the N items of `catalog`; column l lies in `range(codebook_sizes[l])`."""
+        """Codes [N, L] for the N items of `catalog`; column l lies in `range(codebook_sizes[l])`.
+
+        Items it was not fitted on come later, alone or among the others: they must change nobody's SID, and should
+        take none that is taken.
+        """
 
     def save(self, folder: Path) -> None:
         """Write whatever `load` needs into an existing, empty folder. No pickles."""

@@ -38,7 +38,7 @@ def add(
     """Give SIDs to new items and change none: FOLDER holds the old ones and the new ones, and suits `sids.keep`."""
     from rerankkit.cli.console import progress_bar
     from rerankkit.config import find_plugins, make_config, overridden
-    from rerankkit.errors import RerankkitError, RunFailed, RunFolderError
+    from rerankkit.errors import RunFolderError
     from rerankkit.stages.sids import add_items, sids_folder
     from rerankkit.store import publish, read_json
     from rerankkit.system import prepare
@@ -59,19 +59,8 @@ def add(
     }
     raw = overridden(raw, overrides or ())
     checked = make_config(raw, find_plugins(raw))
-    spec = checked.tokenizer.spec
     with progress_bar() as bar, prepare(checked, out) as (device, _):
-        try:
-            extended, new, known = add_items(checked, device=device, progress=bar)
-        except RerankkitError:
-            raise
-        except Exception as error:
-            if spec.distribution == "rerankkit":
-                raise
-            raise RunFailed(
-                f"tokenizer {spec.name!r} (plugin {spec.plugin}, {spec.distribution} {spec.version}): "
-                f"{type(error).__name__}: {error}. Nothing was written."
-            ) from error
+        extended, new, known = add_items(checked, device=device, progress=bar)
     publish(out, extended.save)
     sharing = [item_id for item_id in new if len(extended.items_of(extended.sids[item_id])) > 1]
     if as_json:

@@ -174,7 +174,10 @@ def _sentences(
     done, log = 0, None
     if into is not None:
         log = into.with_suffix(".rows")
-        whose = hashlib.sha256("\0".join([model, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(model.encode())
+        for text in texts:
+            digest.update(b"\0" + text.encode("utf-8", "surrogatepass"))
+        whose = digest.hexdigest()
         lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []  # a kill can leave half a line
         if lines[:1] == [whose] and len(lines) > 1 and into.exists():
             found, done = np.lib.format.open_memmap(into, "r+"), int(lines[-1])

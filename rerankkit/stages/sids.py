@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rerankkit.config import Embeddings, RunConfig, Sids, TableData
-from rerankkit.errors import ConfigError, DataError, RunFailed, RunFolderError
+from rerankkit.errors import ConfigError, DataError, RerankkitError, RunFailed, RunFolderError
 from rerankkit.protocols import Tokenizer
 from rerankkit.store import finished_stage, read_json, write_json
 from rerankkit.types import Catalog, Item, RunInfo, Sid, SidSurface
@@ -282,8 +282,15 @@ def add_items(config: RunConfig, **info: Any) -> tuple[SidMap, list[str], list[s
     had = SidMap.load(sids_folder(config.sids.keep)).sids
     rows, _ = read_items(data.items, columns=data.item_columns, on_bad_row=data.on_bad_row)
     items = tuple(items_in(rows[~rows.duplicated("item_id")]))
-    tokenizer = config.tokenizer.build(about)
-    extended = draw_sids(tokenizer, config.sids, data.embeddings, Dataset(items, {}, {}), how, info=about)
+    try:
+        tokenizer = config.tokenizer.build(about)
+        extended = draw_sids(tokenizer, config.sids, data.embeddings, Dataset(items, {}, {}), how, info=about)
+    except RerankkitError:
+        raise
+    except Exception as error:
+        if config.tokenizer.spec.distribution == "rerankkit":
+            raise
+        raise RunFailed(f"{_named(how)}: {type(error).__name__}: {error}. Nothing was written.") from error
     card = sid_scorecard(extended.table.codes, extended.codebook_sizes)  # of all, not of the table's alone
     item_ids = [item.item_id for item in items]
     return (
