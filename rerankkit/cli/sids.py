@@ -72,7 +72,7 @@ def add(
     if known:
         print(f"{len(known):,} items had one already and keep it: {_some(known)}")
     if sharing:
-        print(f"{len(sharing):,} new items share theirs with another item, for want of room: {_some(sharing)}")
+        print(f"{len(sharing):,} new items share theirs with another item: {_some(sharing)}")
     print(f'A run takes them over with sids.keep = "{out}".')
 
 

@@ -105,7 +105,7 @@ def test_new_items_that_must_share_are_named(call: Call, tmp_path: Path) -> None
     assert said["sharing"] == [item_id for item_id, count in holders.items() if count > 1]
     assert len(said["sharing"]) >= 44  # 60 equal items under a prefix with room for 16
     _, out, _ = call("add", "run", "more.csv", "--out", "ext2")
-    assert f"{len(said['sharing'])} new items share theirs with another item, for want of room: n" in out
+    assert f"{len(said['sharing'])} new items share theirs with another item: n" in out
 
 
 def test_what_cannot_be_added_exits_2_and_writes_nothing(call: Call, old: Path, tmp_path: Path) -> None:
