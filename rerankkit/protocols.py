@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """Turns items into semantic IDs. `fit` is called once a run, `encode` after `fit` or `load`, never before.
+    """Turns items into semantic IDs. `fit` or `load` is called once a run, `encode` after it, never before.
 
     It must give an item the same SID every time it is asked, also after `save` and `load`.
     """

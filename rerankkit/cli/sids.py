@@ -39,7 +39,7 @@ def add(
     from rerankkit.cli.console import progress_bar
     from rerankkit.config import find_plugins, make_config, overridden
     from rerankkit.errors import RunFolderError
-    from rerankkit.stages.sids import add_items, sids_folder
+    from rerankkit.stages.sids import add_items, items_to_add, sids_folder
     from rerankkit.store import publish, read_json
     from rerankkit.system import prepare
 
@@ -59,9 +59,11 @@ def add(
     }
     raw = overridden(raw, overrides or ())
     checked = make_config(raw, find_plugins(raw))
+    table = items_to_add(checked)
     with progress_bar() as bar, prepare(checked, out) as (device, _):
-        extended, new, known = add_items(checked, device=device, progress=bar)
+        extended, known = add_items(checked, table, device=device, progress=bar)
     publish(out, extended.save)
+    new = extended.table.item_ids[len(extended.sids) + len(known) - len(table) :]
     sharing = [item_id for item_id in new if len(extended.items_of(extended.sids[item_id])) > 1]
     if as_json:
         print(
