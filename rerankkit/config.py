@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -65,9 +65,16 @@ class _Data(Block):
     """Histories in candidate lists are cut to this many latest items."""
     embeddings: Embeddings = Field(default_factory=Embeddings)
     """Item vectors, for SID tokenizers."""
-    side: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = Field(default_factory=dict)
+    side: dict[str, str] = Field(default_factory=dict)
     """Further matrices for tokenizers that ask: name -> a file such as `embeddings.path` names. One that is called
     `collaborative` takes the place of the one that is made from histories."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        for name in self.side:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"side: {name!r} cannot be a name; use letters, digits, - and _")
+        return self
 
 
 class WorldData(_Data):

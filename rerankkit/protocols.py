@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """Turns items into semantic IDs. `fit` is called once a run, `encode` after `fit` or `load`, never before.
+    """Turns items into semantic IDs. `fit` or `load` is called once a run, `encode` after it, never before.
 
     It must give an item the same SID every time it is asked, also after `save` and `load`. One that `Reconstructs` or
     `Tells` as well has more in its scorecard; neither is required.
@@ -30,7 +30,11 @@ class Tokenizer(Protocol):
         """Learn the codebooks from the catalogue."""
 
     def encode(self, catalog: Catalog) -> NDArray[np.int64]:
-        """Codes [N, L] for the N items of `catalog`; column l lies in `range(codebook_sizes[l])`."""
+        """Codes [N, L] for the N items of `catalog`; column l lies in `range(codebook_sizes[l])`.
+
+        Items it was not fitted on come later, alone or among the others: they must change nobody's SID, and should
+        take none that is taken.
+        """
 
     def save(self, folder: Path) -> None:
         """Write whatever `load` needs into an existing, empty folder. No pickles."""

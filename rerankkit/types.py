@@ -49,11 +49,12 @@ class Catalog:
 
     items: tuple[Item, ...]
     embeddings: NDArray[np.float32]
-    """[N, D], one row an item."""
+    """[N, D], one row an item. It may be a map of a file: read it in chunks."""
     pairs: NDArray[np.int64]
     """[E, 2], row numbers of items that follow one another in a training history."""
     side: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Further matrices [N, *] by name, for tokenizers that ask for them."""
+    """Further matrices [N, *] by name, each made at the first look. In a run `collaborative` is always among them: what
+    is bought beside what in training histories, as unit rows, zero for items that no history has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,8 +66,8 @@ def add(
     """Give SIDs to new items and change none: FOLDER holds the old ones and the new ones, and suits `sids.keep`."""
     from rerankkit.cli.console import progress_bar
     from rerankkit.config import find_plugins, make_config, overridden
-    from rerankkit.errors import RerankkitError, RunFailed, RunFolderError
-    from rerankkit.stages.sids import add_items, sids_folder
+    from rerankkit.errors import RunFolderError
+    from rerankkit.stages.sids import add_items, items_to_add, sids_folder
     from rerankkit.store import publish, read_json
     from rerankkit.system import prepare
 
@@ -87,20 +87,11 @@ def add(
     }
     raw = overridden(raw, overrides or ())
     checked = make_config(raw, find_plugins(raw))
-    spec = checked.tokenizer.spec
+    table = items_to_add(checked)
     with progress_bar() as bar, prepare(checked, out) as (device, _):
-        try:
-            extended, new, known = add_items(checked, device=device, progress=bar)
-        except RerankkitError:
-            raise
-        except Exception as error:
-            if spec.distribution == "rerankkit":
-                raise
-            raise RunFailed(
-                f"tokenizer {spec.name!r} (plugin {spec.plugin}, {spec.distribution} {spec.version}): "
-                f"{type(error).__name__}: {error}. Nothing was written."
-            ) from error
+        extended, known = add_items(checked, table, device=device, progress=bar)
     publish(out, extended.save)
+    new = extended.table.item_ids[len(extended.sids) + len(known) - len(table) :]
     sharing = [item_id for item_id in new if len(extended.items_of(extended.sids[item_id])) > 1]
     if as_json:
         print(
@@ -111,7 +102,7 @@ def add(
     if known:
         print(f"{len(known):,} items had one already and keep it: {_some(known)}")
     if sharing:
-        print(f"{len(sharing):,} new items share theirs with another item, for want of room: {_some(sharing)}")
+        print(f"{len(sharing):,} new items share theirs with another item: {_some(sharing)}")
     print(f'A run takes them over with sids.keep = "{out}".')
 
 

@@ -2,8 +2,9 @@
 
 No N x D array is held twice. Vectors are made or read a chunk at a time, straight into the array that is handed out;
 with a file to hold it, that array is a map of the file, which the system may write out and drop from memory. Peak
-memory is one float32 [N, D] (a float32 .npy: none, it is mapped where it lies) and one chunk; while `tfidf` is fitted,
-the words of at most `FIT_TEXTS` texts too.
+memory is one float32 [N, D] and one chunk; while `tfidf` is fitted, the words of at most `FIT_TEXTS` texts too. A
+float32 .npy is mapped where it lies, and so is an .arrow file while it is read: such pages count as the process's until
+the system takes them back.
 """
 
 from __future__ import annotations
@@ -174,7 +175,10 @@ def _sentences(
     done, log = 0, None
     if into is not None:
         log = into.with_suffix(".rows")
-        whose = hashlib.sha256("\0".join([model, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(model.encode())
+        for text in texts:
+            digest.update(b"\0" + text.encode("utf-8", "surrogatepass"))
+        whose = digest.hexdigest()
         lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []  # a kill can leave half a line
         if lines[:1] == [whose] and len(lines) > 1 and into.exists():
             found, done = np.lib.format.open_memmap(into, "r+"), int(lines[-1])
@@ -264,7 +268,7 @@ def _keyed(
     for ids, lists in _batches(source):
         rows = np.array([place.get(as_id(item_id), -1) for item_id in ids.to_pylist()], dtype=np.int64)
         wanted = np.flatnonzero((rows >= 0) & lists.is_valid().to_numpy(zero_copy_only=False))
-        taken = lists.take(pa.array(wanted))
+        taken = lists if len(wanted) == len(lists) else lists.take(pa.array(wanted))
         rows, here = rows[wanted], start + 1 + wanted
         start += len(ids)
         if not len(rows):

@@ -48,7 +48,7 @@ class SideMatrices(Mapping[str, NDArray[np.float32]]):
 
 @dataclass(frozen=True)
 class Collaborative:
-    """A space of who is bought beside what, in training histories alone.
+    """A space of what is bought beside what, in training histories alone.
 
     M[i, j] = c_ij / sqrt((d_i + DAMPING) (d_j + DAMPING)), where c_ij adds up 1/distance for every time i and j stand
     at most WINDOW steps apart in a history, whichever comes first, and d_i = sum_j c_ij. An item's place is its row of

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rerankkit.config import Embeddings, RunConfig, Sids, TableData
-from rerankkit.errors import ConfigError, DataError, RunFailed, RunFolderError
+from rerankkit.errors import ConfigError, DataError, RerankkitError, RunFailed, RunFolderError
 from rerankkit.protocols import Tokenizer
 from rerankkit.stages.scorecard import make_scorecard
 from rerankkit.store import finished_stage, read_json, write_json
@@ -94,7 +94,7 @@ class SidMap:
     surface: SidSurface = field(default_factory=SidSurface)
     """How they are spelled."""
     made: Mapping[str, Any] = field(default_factory=dict)
-    """What they were drawn with: `tokenizer` and its settings, `plugin`, `seed`, `embeddings`, `dimensions`, `side`."""
+    """What they were drawn with: `tokenizer` (its settings), `plugin`, `seed`, `embeddings`, `dimensions`, `side`."""
     spaces: Spaces | None = None
     """What placed the items, as far as it was fitted; saved beside the map, for items that come later."""
 
@@ -198,17 +198,16 @@ def drawn_with(config: RunConfig) -> dict[str, Any]:
         return how
     try:
         folder = sids_folder(config.sids.keep)
+    except RunFolderError as error:
+        raise ConfigError(f"sids.keep: {error}") from error
+    try:
+        made = read_json(folder / "sids.json")["made"]
         with (folder / "sids.parquet").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        made = read_json(folder / "sids.json")["made"]
-    except (RunFolderError, OSError, KeyError) as error:
-        raise ConfigError(f"sids.keep: {error if isinstance(error, RunFolderError) else _no_map(error)}") from error
+    except (OSError, KeyError) as error:
+        raise ConfigError(f"sids.keep: {folder}: no whole item <-> SID map is here ({error}); draw it anew.") from error
     _check_alike(config.sids.keep, made, {**how, "embeddings": config.data.embeddings.model_dump(mode="json")})
     return {**how, "kept": digest}
-
-
-def _no_map(error: Exception) -> str:
-    return f"no whole item <-> SID map is there ({error}); do the run's sids stage again."
 
 
 def _check_alike(keep: str, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -266,32 +265,40 @@ def draw_sids(
     return SidMap(table, sizes, card, tokenizer, info.surface, made, fitted)
 
 
-def add_items(config: RunConfig, **info: Any) -> tuple[SidMap, list[str], list[str]]:
-    """Give SIDs to the items of `config.data` that `config.sids.keep` has none for; its tokenizer and spaces stand.
-
-    Returns the old map with the new items behind it, the ids of the new ones, and of those that had a SID already.
-    `info` sets fields of RunInfo.
-    """
-    from rerankkit.data.dataset import Dataset, items_in
+def items_to_add(config: RunConfig) -> tuple[Item, ...]:
+    """The items of `config.data.items`, each once. Raises ConfigError if they could not join those of `sids.keep`."""
+    from rerankkit.data.dataset import items_in
     from rerankkit.data.tables import read_items
-    from rerankkit.math.sids import sid_scorecard
 
     data = config.data
     if not isinstance(data, TableData):
         raise ConfigError(f'data.use: {data.use!r} has no new items; set data.use = "tables" and data.items.')
+    drawn_with(config)
+    rows, _ = read_items(data.items, columns=data.item_columns, on_bad_row=data.on_bad_row)
+    return tuple(items_in(rows[~rows.duplicated("item_id")]))
+
+
+def add_items(config: RunConfig, items: tuple[Item, ...], **info: Any) -> tuple[SidMap, list[str]]:
+    """The map of `sids.keep` with SIDs for those items that it has not, in the order of `items`; and who was known.
+
+    Its tokenizer and spaces stand. `info` sets fields of RunInfo. Raises RunFailed for what a plugin raises.
+    """
+    from rerankkit.data.dataset import Dataset
+    from rerankkit.math.sids import sid_scorecard
+
     how, about = drawn_with(config), RunInfo(config.seed, **info)
     had = SidMap.load(sids_folder(config.sids.keep)).sids
-    rows, _ = read_items(data.items, columns=data.item_columns, on_bad_row=data.on_bad_row)
-    items = tuple(items_in(rows[~rows.duplicated("item_id")]))
-    tokenizer = config.tokenizer.build(about)
-    extended = draw_sids(tokenizer, config.sids, data.embeddings, Dataset(items, {}, {}), how, info=about)
-    card = sid_scorecard(extended.table.codes, extended.codebook_sizes)  # of all, not of the table's alone
-    item_ids = [item.item_id for item in items]
-    return (
-        replace(extended, scorecard=card),
-        [item_id for item_id in item_ids if item_id not in had],
-        [item_id for item_id in item_ids if item_id in had],
-    )
+    try:
+        tokenizer = config.tokenizer.build(about)
+        extended = draw_sids(tokenizer, config.sids, config.data.embeddings, Dataset(items, {}, {}), how, info=about)
+    except RerankkitError:
+        raise
+    except Exception as error:
+        if config.tokenizer.spec.distribution == "rerankkit":
+            raise
+        raise RunFailed(f"{_named(how)}: {type(error).__name__}: {error}. Nothing was written.") from error
+    card = sid_scorecard(extended.table.codes, extended.codebook_sizes)  # of all, not of `items` alone
+    return replace(extended, scorecard=card), [item.item_id for item in items if item.item_id in had]
 
 
 def _codes(tokenizer: Tokenizer, catalog: Catalog, how: Mapping[str, Any]) -> NDArray[np.int64]:

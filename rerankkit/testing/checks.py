@@ -153,7 +153,12 @@ def check_tokenizer(tokenizer: Tokenizer, catalog: Catalog | None = None) -> Non
     codes = _codes(name, tokenizer, catalog)
     _require(np.array_equal(codes, _codes(name, tokenizer, catalog)), f"{name}: encode gave other SIDs the second time")
     rows = list(range(len(catalog.items)))[::-2]
-    part = Catalog(tuple(catalog.items[i] for i in rows), catalog.embeddings[rows], np.empty((0, 2), dtype=np.int64))
+    part = Catalog(
+        tuple(catalog.items[i] for i in rows),
+        catalog.embeddings[rows],
+        np.empty((0, 2), dtype=np.int64),
+        {name: matrix[rows] for name, matrix in catalog.side.items()},
+    )
     _require(
         np.array_equal(codes[rows], _codes(name, tokenizer, part)),
         f"{name}: an item's SID depends on which others are encoded with it, or on their order",

@@ -89,15 +89,18 @@ def make_rollout(
 
 
 def make_catalog(num_items: int = 48, *, dim: int = 8, seed: int = 0) -> Catalog:
-    """Items with random vectors of unit length [num_items, dim], and pairs of neighbours."""
+    """Items with random vectors of unit length [num_items, dim], `collaborative` ones too, and pairs of neighbours."""
     import numpy as np
 
-    vectors = np.random.default_rng(seed).standard_normal((num_items, dim)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    vectors, collaborative = (rng.standard_normal((num_items, width)).astype(np.float32) for width in (dim, 64))
     pairs = np.stack([np.arange(num_items - 1), np.arange(1, num_items)], axis=1)
     items = tuple(
         Item(i.item_id, i.title, i.categories, brand=i.brand, price=i.price) for i in map(make_item, range(num_items))
     )
-    return Catalog(items, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), pairs.astype(np.int64))
+    for matrix in (vectors, collaborative):
+        matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    return Catalog(items, vectors, pairs.astype(np.int64), {"collaborative": collaborative})
 
 
 def make_policy(*, seed: int = 0) -> Policy:

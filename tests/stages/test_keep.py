@@ -251,5 +251,6 @@ def test_what_holds_no_sids_cannot_be_kept(old: Path, tmp_path: Path) -> None:
     assert "its stage sids is unfinished" in refused(run)
     stage = work.rename(run / "stages" / "2-sids")
     (stage / "stage.json").write_text(json.dumps({"fingerprint": "f"}))
-    assert "no whole item <-> SID map is there" in refused(run)
+    (stage / "sids.json").write_text("{}")
+    assert f"{stage}: no whole item <-> SID map is here ('made'); draw it anew." in refused(run)
     assert not (tmp_path / "new").exists()

@@ -206,6 +206,18 @@ def test_an_honest_tokenizer_passes() -> None:
     check_tokenizer(Counting())
 
 
+class Sided(Counting):
+    """Codes are signs of the first three collaborative numbers."""
+
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        signs = (catalog.side["collaborative"][:, :3] > 0).astype(np.int64)
+        return np.stack([signs @ np.array([1, 2, 4]), signs[:, 0]], axis=1)
+
+
+def test_a_tokenizer_may_look_at_side_matrices() -> None:
+    check_tokenizer(Sided())
+
+
 @pytest.mark.parametrize(
     ("broken", "fault"),
     [
