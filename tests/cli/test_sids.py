@@ -97,7 +97,9 @@ def test_a_tenth_of_new_items_is_added_and_no_sid_changes(call: Call, old: Path)
 
 
 def test_new_items_that_must_share_are_named(call: Call, tmp_path: Path) -> None:
-    Pipeline(config=RUN, overrides=["tokenizer.codes=16"]).run("run", until="sids", progress=False)
+    Pipeline(config=RUN, overrides=["sids.min_unique=0", "tokenizer.codes=16", "tokenizer.on_full=share"]).run(
+        "run", until="sids", progress=False
+    )
     pd.DataFrame({"item_id": [f"n{n}" for n in range(60)], "title": "Velis Luxe Soap"}).to_csv("more.csv", index=False)
     said = json.loads(call("add", "run", "more.csv", "--out", "ext", "--json")[1])
     sids = SidMap.load("ext")

@@ -24,7 +24,7 @@ from rerankkit.types import Catalog, Item, RunInfo
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "residual-kmeans": {"levels": 2, "codes": 64, "iterations": 3},
-    "rqvae": {"levels": 3, "codes": 16, "latent": 8, "hidden": [32], "epochs": 1, "min_steps": 30, "random_last": True},
+    "rqvae": {"levels": 3, "codes": 16, "latent": 8, "hidden": [32], "epochs": 1, "min_steps": 30},
 }
 """Small enough to be quick, with room for 64 and 16 items under each prefix."""
 
