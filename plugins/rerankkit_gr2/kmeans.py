@@ -11,9 +11,9 @@ from torch import Tensor
 
 CHUNK = 4096
 """Rows whose distances are held at once."""
-POINTS_PER_CODE = 256
+ROUGH_POINTS_PER_CODE = 128
 """Rows for each code that suffice for finding out roughly where the codes should be."""
-MOST_POINTS_PER_CODE = 512
+POINTS_PER_CODE = 512
 """Rows a codebook is fitted on, for each of its codes, when there are more."""
 _FEWEST, _SAMPLE, _ROUGH_ITERATIONS = 4, 20_000, 3
 
@@ -71,11 +71,11 @@ def fit_kmeans(
 ) -> Tensor:
     """A codebook [C, D] for points [S, D]: Lloyd's iterations from where `_progressive` starts.
 
-    Where there are more than 256 points a code, the start looks at every second one only. A code that nobody is nearest
+    Where there are more than 256 points a code, the start looks at a part of them only. A code that nobody is nearest
     to moves to the point that is worst served. With fewer different points than codes, codes repeat one another.
     `balanced` gives each code equally many points in every iteration.
     """
-    rough = points[::2] if len(points) > num_codes * POINTS_PER_CODE else points
+    rough = points[:: max(1, len(points) // (num_codes * ROUGH_POINTS_PER_CODE))]
     return _lloyd(points, _progressive(rough, num_codes, rng), iterations, balanced)
 
 

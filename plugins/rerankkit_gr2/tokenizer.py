@@ -25,7 +25,7 @@ from rerankkit.types import Catalog, Item
 from rerankkit_gr2.collisions import LastLevel, OnFull, Settled, settle
 from rerankkit_gr2.kmeans import (
     CHUNK,
-    MOST_POINTS_PER_CODE,
+    POINTS_PER_CODE,
     distances,
     fast_products,
     fit_residual_kmeans,
@@ -34,6 +34,11 @@ from rerankkit_gr2.kmeans import (
 from rerankkit_gr2.rqvae import Contrast, RqVaeNet, Training, train
 
 _FORMAT = 2
+_WORDS = {
+    "moved": "items whose SID is not their nearest codes",
+    "spilled": "of these, items whose prefix was full",
+    "shared": "items that share a SID",
+}
 _TENSORS, _FACTS = "tokenizer.safetensors", "tokenizer.json"
 
 
@@ -146,7 +151,7 @@ class _Residual(ABC):
 
     def facts(self) -> Mapping[str, int]:
         """How many items' SIDs are not their nearest codes, and why: counted over all items ever encoded."""
-        return dict(self._told)
+        return {_WORDS[name]: count for name, count in self._told.items()}
 
     def save(self, folder: Path) -> None:
         """Write tensors and facts; no pickle."""
@@ -228,8 +233,8 @@ class ResidualKMeans(_Residual):
     def _learn(self, catalog: Catalog) -> None:
         rng = np.random.default_rng(self.seed)
         rows = np.arange(len(catalog.items))
-        if len(rows) > self.codes * MOST_POINTS_PER_CODE:
-            rows = np.sort(rng.choice(rows, self.codes * MOST_POINTS_PER_CODE, replace=False))
+        if len(rows) > self.codes * POINTS_PER_CODE:
+            rows = np.sort(rng.choice(rows, self.codes * POINTS_PER_CODE, replace=False))
         points = _rows(catalog, rows)
         self._fitted = fit_residual_kmeans(
             points, self.levels, self.codes, self.iterations, self.seed, balanced=self.balanced

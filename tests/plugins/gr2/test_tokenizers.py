@@ -162,7 +162,7 @@ def test_what_happens_where_a_prefix_is_full(make: Make) -> None:
     spilling.fit(catalog)
     sids = spilling.encode(catalog)
     assert sid_scorecard(sids, (16, 16, 16))["distinct_prefixes"] == [1, 2, 20]
-    assert spilling.facts()["spilled"] == 4  # type: ignore[attr-defined]
+    assert spilling.facts()["of these, items whose prefix was full"] == 4  # type: ignore[attr-defined]
     assert sorted(np.bincount(sids[:, 1])[np.unique(sids[:, 1])].tolist()) == [4, 16]
     sharing = replace_setting(make(), on_full="share")
     sharing.fit(catalog)
