@@ -16,6 +16,7 @@ ROUGH_POINTS_PER_CODE = 128
 POINTS_PER_CODE = 512
 """Rows a codebook is fitted on, for each of its codes, when there are more."""
 _FEWEST, _SAMPLE, _ROUGH_ITERATIONS = 4, 20_000, 3
+_SEEDS_PER_CODE, _FEWEST_SEEDS = 8, 4096  # k-means++ costs codes x rows distances one after the other
 
 
 @contextmanager
@@ -69,21 +70,25 @@ def balanced_codes(points: Tensor, codebook: Tensor) -> Tensor:
 def fit_kmeans(
     points: Tensor, num_codes: int, iterations: int, rng: np.random.Generator, *, balanced: bool = False
 ) -> Tensor:
-    """A codebook [C, D] for points [S, D]: Lloyd's iterations from where `_progressive` starts.
+    """A codebook [C, D] for points [S, D]: Lloyd's iterations from the better of two starts.
 
-    Where there are more than 256 points a code, the start looks at a part of them only. A code that nobody is nearest
+    Where there are more than 256 points a code, the starts look at a part of them only. A code that nobody is nearest
     to moves to the point that is worst served. With fewer different points than codes, codes repeat one another.
     `balanced` gives each code equally many points in every iteration.
     """
     rough = points[:: max(1, len(points) // (num_codes * ROUGH_POINTS_PER_CODE))]
-    return _lloyd(points, _progressive(rough, num_codes, rng), iterations, balanced)
+    starts = [
+        _lloyd(rough, start(rough, num_codes, rng), _ROUGH_ITERATIONS, False) for start in (_progressive, _spread)
+    ]
+    best = min(starts, key=lambda start: float((rough - start[nearest_codes(rough, start)]).square().sum()))
+    return _lloyd(points, best, iterations, balanced)
 
 
 def _progressive(points: Tensor, num_codes: int, rng: np.random.Generator) -> Tensor:
     """Where to start: k-means along the first 4 principal directions, from there along 8, and so on up to half of all.
 
-    faiss's residual quantizer starts so. It costs less than k-means++, and ends at a lower error: in a few directions
-    clusters are found that in all of them are hidden by what only tells single points apart.
+    faiss's residual quantizer starts so. Good for text vectors: in a few directions clusters are found that in all of
+    them are hidden by what only tells single points apart.
     """
     dims = points.shape[1]
     codebook = points[torch.from_numpy(rng.choice(len(points), num_codes, replace=len(points) < num_codes))]
@@ -146,3 +151,23 @@ def residual_codes(points: Tensor, codebooks: Tensor) -> Tensor:
         if len(codes) < len(codebooks):
             points = points - codebook[codes[-1]]
     return torch.stack(codes, dim=1)
+
+
+def _spread(points: Tensor, num_codes: int, rng: np.random.Generator) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): a point far from the seeds so far is the likelier next seed.
+
+    Good where there are clean clusters, and few points.
+    """
+    most = max(num_codes * _SEEDS_PER_CODE, _FEWEST_SEEDS)
+    if len(points) > most:
+        points = points[torch.from_numpy(np.sort(rng.choice(len(points), most, replace=False)))]
+    chosen = [int(rng.integers(len(points)))]
+    near = (points - points[chosen[0]]).square().sum(dim=1)
+    for _ in range(num_codes - 1):
+        reach = near.double().cumsum(dim=0).numpy()
+        if reach[-1] > 0:
+            chosen.append(min(int(np.searchsorted(reach, rng.random() * reach[-1], side="right")), len(points) - 1))
+        else:
+            chosen.append(int(rng.integers(len(points))))
+        near = torch.minimum(near, (points - points[chosen[-1]]).square().sum(dim=1))
+    return points[chosen].clone()

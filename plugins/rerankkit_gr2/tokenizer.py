@@ -352,7 +352,7 @@ def _chunks(num_rows: int) -> Iterator[slice]:
 
 
 def _rows(catalog: Catalog, rows: NDArray[np.int64]) -> torch.Tensor:
-    """Those embeddings [k, D] of ascending rows, copied, as float32."""
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # neighbours: one stretch is copied faster than many rows
+    """Those embeddings [k, D], copied, as float32."""
+    if len(rows) and (np.diff(rows) == 1).all():  # one stretch is copied faster than many rows
         return torch.from_numpy(np.array(catalog.embeddings[rows[0] : rows[-1] + 1], dtype=np.float32))
     return torch.from_numpy(catalog.embeddings[rows].astype(np.float32, copy=False))

@@ -199,6 +199,19 @@ def test_every_way_to_choose_the_last_code(make: Make) -> None:
     assert distinct["nearest"] < distinct["uniform"] < 120
 
 
+@pytest.mark.parametrize("how", ["reassign", "search"])
+def test_dealing_out_last_codes_costs_little(how: str) -> None:
+    # Items in no order: rows that collide are looked up prefix by prefix, and each must get the distances of its own.
+    embeddings = np.random.default_rng(1).permutation(clusters(200, copies=2))
+    error = {}
+    for last_level in ("nearest", how):
+        tokenizer = ResidualKMeans(levels=2, codes=24, last_level=last_level)  # type: ignore[arg-type]
+        tokenizer.fit(catalog_of(embeddings))
+        restored = tokenizer.reconstruct(tokenizer.encode(catalog_of(embeddings)))
+        error[last_level] = np.square(restored - embeddings).sum() / np.square(embeddings - embeddings.mean(0)).sum()
+    assert error[how] < error["nearest"] + 0.05
+
+
 @both
 def test_what_the_sids_remember(make: Make) -> None:
     embeddings = clusters(300, copies=1)
@@ -223,8 +236,17 @@ def test_kmeans_by_hand() -> None:
     assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
+def test_clean_clusters_are_found() -> None:
+    # 8 clusters in 16 dimensions, one on each of the first 8 axes: few directions do not show them, far seeds do
+    rng = np.random.default_rng(0)
+    points = torch.from_numpy(np.eye(16)[rng.integers(0, 8, 400)] + 0.01 * rng.standard_normal((400, 16)))
+    codebook = fit_kmeans(points.float(), 8, 10, np.random.default_rng(1))
+    assert len(set(codebook.argmax(dim=1).tolist())) == 8
+
+
 def test_empty_codes_move_to_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rerankkit_gr2.kmeans, "_progressive", lambda points, num_codes, rng: points[[0] * num_codes])
+    for start in ("_progressive", "_spread"):
+        monkeypatch.setattr(rerankkit_gr2.kmeans, start, lambda points, num_codes, rng: points[[0] * num_codes])
     points = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     codebook = fit_kmeans(points, 8, 3, np.random.default_rng(0))
     assert len(set(nearest_codes(points, codebook).tolist())) == 8
