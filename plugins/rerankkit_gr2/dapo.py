@@ -11,8 +11,9 @@ from statistics import fmean, pstdev
 
 import torch
 
+from rerankkit import processes
 from rerankkit.errors import RunFailed
-from rerankkit.lm import Policy, ask, group_logps, load_checkpoint, save_checkpoint
+from rerankkit.lm import Policy, group_logps, judged_rollouts, load_checkpoint, save_checkpoint
 from rerankkit.math.advantages import group_advantages
 from rerankkit.math.losses import LossSettings, loss_denominator, mean_stats, overlong_penalty, policy_loss
 from rerankkit.math.metrics import kendall_tau
@@ -77,19 +78,19 @@ class GroupOptimizer:
             if wanted <= 0:
                 break
             chosen, queue = queue[:wanted], queue[wanted:]
-            rollouts = ask(
+            judged = judged_rollouts(
                 policy,
                 chosen,
+                reward,
                 group_size=config.group_size,
+                first_group=len(every) // config.group_size,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 info=info,
                 salt=f"step {step}",
-                first_group=len(every) // config.group_size,
                 constrain=config.constrain,
             )
-            judged = list(zip(rollouts, reward(rollouts), strict=True))
             every += judged
             fresh = [judged[i : i + config.group_size] for i in range(0, len(judged), config.group_size)]
             groups += [group for group in fresh if not config.dynamic_sampling or self._varies(group)]
@@ -122,7 +123,7 @@ class GroupOptimizer:
             return {"loss": 0.0, "grad_norm": 0.0}
         means = {name: fmean(log[name] for log in logs) for name in logs[0]}
         # Only before the first update are sampler and trainer the same policy: any gap there is numerical.
-        return {**means, "logp_gap": logs[0]["logp_gap"], "num_updates": float(len(logs))}
+        return {**means, **{k: logs[0][k] for k in ("logp_gap", "logp_gap_max")}, "num_updates": float(len(logs))}
 
     def _update(
         self,
@@ -133,7 +134,7 @@ class GroupOptimizer:
         keep: torch.Tensor,
         info: RunInfo,
     ) -> dict[str, float]:
-        """One optimizer step: gradients of all groups, a few groups a pass, over one common denominator."""
+        """One optimizer step: gradients of all groups, shared among the processes, over one common denominator."""
         config = self.config
         settings = (
             replace(self.loss, constant=float(config.max_new_tokens))
@@ -142,9 +143,11 @@ class GroupOptimizer:
         )
         lengths = [_num_chosen(rollout) for group in groups for rollout, _ in group]
         denominator = loss_denominator(lengths, keep.flatten().tolist(), settings)
-        total, stats, entropies, gaps = 0.0, [], [], []
-        for start in range(0, len(groups), config.groups_per_pass):
-            some = groups[start : start + config.groups_per_pass]
+        own = range(len(groups))[processes.rank() :: processes.count()]
+        passes: list[dict[str, float]] = []
+        for start in range(0, len(own), config.groups_per_pass):
+            chosen = list(own[start : start + config.groups_per_pass])
+            some = [groups[i] for i in chosen]
             rollouts = [rollout for group in some for rollout, _ in group]
             tokens = group_logps(
                 policy,
@@ -159,23 +162,32 @@ class GroupOptimizer:
                 allowed=[[rollout.allowed_ids for rollout, _ in group] for group in some],
             )
             old = torch.tensor([logp for rollout in rollouts for logp in rollout.logps], device=policy.device)
-            chosen = tokens.weights > 0  # what the mask forced was no choice: nothing to learn, nothing to count
-            logps, old = tokens.logps[chosen], old[chosen]
-            loss, stat = policy_loss(
+            free = tokens.weights > 0  # what the mask forced was no choice: nothing to learn, nothing to count
+            logps, old = tokens.logps[free], old[free]
+            loss, stats = policy_loss(
                 logps,
                 old,
-                tokens.sequence_ids[chosen],
-                advantages[start : start + len(some)].flatten().to(policy.device),
+                tokens.sequence_ids[free],
+                advantages[chosen].flatten().to(policy.device),
                 settings,
-                keep=keep[start : start + len(some)].flatten().to(policy.device),
+                keep=keep[chosen].flatten().to(policy.device),
                 denominator=denominator,
             )
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-            stats.append(stat)
-            gaps.append((logps.detach() - old).abs().mean().item())
-            if tokens.entropies is not None:
-                entropies.append(tokens.entropies[chosen].mean().item())
+            gaps = (logps.detach() - old).abs()
+            assert tokens.entropies is not None
+            passes.append(
+                {
+                    **stats,
+                    "loss": loss.item(),
+                    "chosen": float(len(gaps)),
+                    "gap": gaps.sum().item(),
+                    "gap_max": gaps.max().item() if len(gaps) else 0.0,
+                    "entropy": tokens.entropies[free].sum().item(),
+                }
+            )
+        processes.sum_gradients(policy.model.parameters())
+        passes = processes.gathered(lambda: passes)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item()
         if not math.isfinite(norm):
             raise RunFailed(
@@ -183,13 +195,15 @@ class GroupOptimizer:
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        means = mean_stats(stats)
+        means = mean_stats(passes)
+        num_chosen = max(1.0, sum(one["chosen"] for one in passes))
         return {
-            "loss": total,
+            "loss": sum(one["loss"] for one in passes),
             "grad_norm": norm,
             "learning_rate": optimizer.param_groups[0]["lr"],
-            "entropy": fmean(entropies),
-            "logp_gap": fmean(gaps),
+            "entropy": sum(one["entropy"] for one in passes) / num_chosen,
+            "logp_gap": sum(one["gap"] for one in passes) / num_chosen,
+            "logp_gap_max": max(one["gap_max"] for one in passes),
             "kl": means["approx_kl"],
             **{name: means[name] for name in ("ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")},
         }

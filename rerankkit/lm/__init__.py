@@ -11,6 +11,7 @@ from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.lm.score import score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
+from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "build_trie",
     "document_sequence",
     "group_logps",
+    "judged_rollouts",
     "load_checkpoint",
     "pack",
     "packed_logps",

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rerankkit import processes
 from rerankkit.errors import RunFolderError
 from rerankkit.lm.policy import Policy
 
@@ -25,8 +26,11 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/checkpoint-N`, then drop older ones. Killed at any moment, the last complete one is still there.
 
+    Of several processes, whose policies are equal, only the main one writes; every one may call it, and may load.
     `extra` is whatever else the loop needs, as JSON: counters, the sampler's place, a schedule's state.
     """
+    if not processes.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{ASIDE}*"):
         shutil.rmtree(leftover)

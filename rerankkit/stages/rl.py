@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rerankkit import processes
 from rerankkit.errors import RunFailed
 from rerankkit.protocols import PolicyOptimizer, RewardFn
 from rerankkit.stages.rewards import combine
@@ -33,7 +34,8 @@ def reinforce(
 ) -> Policy:
     """Run the optimizer over the training lists that hold their target; every step goes to `watch`.
 
-    `rewards` are (weight, name, reward); the optimizer sees their weighted sum.
+    `rewards` are (weight, name, reward); the optimizer sees their weighted sum. Every process runs the whole loop: an
+    optimizer that does not share its work does the same steps in each.
     """
     examples = lists.examples(sids.attach(dataset.items), "train", only_with_target=True)
     if not examples:
@@ -77,9 +79,11 @@ def save_completions(folder: Path, report: StepReport) -> None:
 
 
 def watching(reinforce: Callable[..., Policy], folder: RunFolder) -> Callable[..., Policy]:
-    """`reinforce`, with each step's rollouts saved in the run folder and the plugins' hooks told."""
+    """`reinforce`; the main process also saves each step's rollouts in the run folder and tells the plugins' hooks."""
 
     def watch(report: StepReport) -> None:
+        if not processes.is_main():
+            return
         save_completions(folder.path / "completions", report)
         if folder.hooks is not None:
             folder.hooks.rerankkit_step(stage="rl", report=report)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from rerankkit import processes
 from rerankkit.config import Schedule
 from rerankkit.errors import RunFailed
 from rerankkit.types import RunInfo
@@ -31,8 +32,10 @@ def train(
 ) -> None:
     """Train in place on `batch(1) .. batch(num_steps)`, continuing from the checkpoint in `info.work` if there is one.
 
-    The loss of a step is the weighted mean of -log P over its tokens. `batch` must depend on the step alone: that is
-    what makes a continued run end where an undisturbed one does. Raises RunFailed when the loss is not finite.
+    The loss of a step is the weighted mean of -log P over its tokens. Several processes share the rows of a batch; all
+    hold the whole policy and take the same step, with the gradient of the whole batch. `batch` must depend on the step
+    alone: that is what makes a continued run end where an undisturbed one does. Raises RunFailed when the loss is not
+    finite.
     """
     import torch
 
@@ -53,11 +56,14 @@ def train(
         total = sum(sum(sequence.weights[1:]) for sequence in sequences)
         rows = [[sequences[i] for i in row] for row in pack(sequences, ROW_TOKENS)]
         loss = 0.0
-        for some in _passes(rows):
+        # longest first, so that every process gets as many long ones; each part is divided by the whole batch's weight
+        for some in _passes(rows[processes.rank() :: processes.count()]):
             tokens = packed_logps(policy, some, autocast=autocast)
             part = -(tokens.weights * tokens.logps).sum() / total
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
+        processes.sum_gradients(policy.model.parameters())
+        [loss] = processes.total([loss])
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), schedule.max_grad_norm).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RunFailed(
