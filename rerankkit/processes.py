@@ -129,19 +129,6 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
     return [value for number, text in enumerate(_all_gather(said)) for value in _value(text, number)]
 
 
-def total(values: Sequence[float]) -> list[float]:
-    """The sum over all processes of each value."""
-    if count() == 1:
-        return list(values)
-    import torch
-    import torch.distributed
-
-    sums = torch.tensor(values, dtype=torch.float64)
-    with _together():
-        torch.distributed.all_reduce(sums, group=_control())
-    return [float(value) for value in sums]
-
-
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Put the sum over all processes of each gradient in its place; a process that has none counts as zero.
 

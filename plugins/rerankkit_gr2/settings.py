@@ -190,6 +190,9 @@ class GroupConfig(PluginConfig):
     """Leave truncated completions out of the loss."""
     overlong_buffer: NonNegativeInt = 0
     """Tokens before the limit in which the reward falls by up to 1; 0 is off."""
+    max_logp_gap: NonNegativeFloat = 0.1
+    """Nats a token by which the log-probabilities of sampler and trainer may differ on average, before the first update
+    of a step; beyond it the run stops. 0 is no limit."""
     groups_per_pass: PositiveInt = 8
     """Groups in one forward and backward pass: lower it when memory is short."""
     checkpoint_every: PositiveInt = 10

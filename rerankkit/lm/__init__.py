@@ -6,6 +6,7 @@ from rerankkit.lm.ask import ask
 from rerankkit.lm.checkpoint import load_checkpoint, save_checkpoint
 from rerankkit.lm.forward import TokenLogps, group_logps, packed_logps
 from rerankkit.lm.load import pretrained_policy, scratch_policy
+from rerankkit.lm.meter import Work, group_work, metered, needed_flops, sequence_work, spent_on, spent_waiting
 from rerankkit.lm.permutation import AnswerMask, answer_mask
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
@@ -13,6 +14,7 @@ from rerankkit.lm.score import score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
+from rerankkit.lm.update import apply_gradients
 
 __all__ = [
     "AnswerMask",
@@ -21,14 +23,19 @@ __all__ = [
     "SidTrie",
     "TokenLogps",
     "TrainSequence",
+    "Work",
     "answer_mask",
+    "apply_gradients",
     "ask",
     "beam_sids",
     "build_trie",
     "document_sequence",
     "group_logps",
+    "group_work",
     "judged_rollouts",
     "load_checkpoint",
+    "metered",
+    "needed_flops",
     "pack",
     "packed_logps",
     "pretrained_policy",
@@ -36,5 +43,8 @@ __all__ = [
     "save_checkpoint",
     "score_continuations",
     "scratch_policy",
+    "sequence_work",
+    "spent_on",
+    "spent_waiting",
     "trace_sequence",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from rerankkit import processes
 from rerankkit.lm.ask import ask
+from rerankkit.lm.meter import spent_on, spent_waiting
 from rerankkit.lm.policy import Policy
 from rerankkit.protocols import RewardFn
 from rerankkit.types import Failed, NotApplicable, Outcome, Parse, Ranking, RerankExample, Reward, Rollout
@@ -35,11 +36,16 @@ def judged_rollouts(
         if not own:
             return []
         mine = [examples[i] for i in own]
-        rollouts = ask(policy, mine, group_size=group_size, first_group=first_group + own[0], **asking)
-        return [_told(rollout, outcome) for rollout, outcome in zip(rollouts, reward(rollouts), strict=True)]
+        with spent_on("rollout"):  # the sampler tells prefill and decoding apart, inside
+            rollouts = ask(policy, mine, group_size=group_size, first_group=first_group + own[0], **asking)
+        with spent_on("reward"):
+            outcomes = reward(rollouts)
+        return [_told(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
 
     by_group = dict(enumerate(examples, start=first_group))
-    return [_heard(record, by_group) for record in processes.gathered(work)]
+    with spent_waiting():
+        records = processes.gathered(work)
+    return [_heard(record, by_group) for record in records]
 
 
 def _told(rollout: Rollout, outcome: Outcome) -> list[Any]:

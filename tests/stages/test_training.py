@@ -52,7 +52,10 @@ def test_the_loss_is_the_weighted_mean_over_tokens(shop: Shop, info: RunInfo) ->
     expected = -(logps.weights * logps.logps).sum() / logps.weights.sum()
     train(policy, batches(policy), 1, Plan(), replace(info, log=logged.append), what="training")
     assert logged[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_time"} == set(logged[0])
+    times = {f"time/{what}" for what in ("forward", "backward", "optimizer", "other")}
+    fixed = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "tflops", "step_time"}
+    assert fixed | times == set(logged[0])
+    assert sum(logged[0][name] for name in times) == pytest.approx(logged[0]["step_time"], rel=1e-6)
 
 
 def test_it_learns(shop: Shop) -> None:
