@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rerankkit import processes
-from rerankkit.config import RunConfig
+from rerankkit.config import PretrainedPolicy, RunConfig
 from rerankkit.store import RunFolder, StoppedEarlyError, open_run
 
 if TYPE_CHECKING:
@@ -59,10 +59,14 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     def load_policy(saved: Path) -> Policy:
         from rerankkit.lm import Policy
 
-        return Policy.load(saved, device=folder.device)
+        policy = Policy.load(saved, device=folder.device)
+        if c.policy.gradient_checkpointing:
+            policy.checkpoint_gradients()
+        return policy
 
     c, stage, together = folder.config, folder.stage, folder.together
     tables = source_digests(c.data, c.candidates)
+    lora = c.policy.lora if isinstance(c.policy, PretrainedPolicy) else None
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
     sids = stage("sids", draw_sids, SidMap.load, c.tokenizer, c.data.embeddings, data)
@@ -70,8 +74,8 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     own = (sids, mid) if c.candidates.use == "policy" else (None, None)
     lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)
     traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
-    sft = together("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid)
-    rl = together("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft)
+    sft = together("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid, lora)
+    rl = together("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft, lora)
     ranked = {
         name: together(f"rank-{name}", rank_users, Rankings.load, how, c.evaluate, data, sids, lists, policy)
         for name, how, policy in (("mid-train", "score", mid), ("sft", "generate", sft), ("rl", "generate", rl))

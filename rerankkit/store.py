@@ -197,7 +197,8 @@ class RunFolder:
         told: dict[str, Any] = {}
         if processes.is_main():
             told = {"log": log} if self.progress is None else {"log": log, "progress": self.progress}
-        return RunInfo(self.config.seed, self.device, precision, work, surface=surface, **told)
+        size = self.config.policy.tokens_per_pass
+        return RunInfo(self.config.seed, self.device, precision, work, surface=surface, tokens_per_pass=size, **told)
 
     def _ready(self, argument: Any, info: RunInfo, built: list[tuple[ChosenPart, Any]]) -> Any:
         if isinstance(argument, Artifact):
@@ -240,7 +241,8 @@ class RunFolder:
         if isinstance(argument, ChosenPart):
             return [argument.resolved(), argument.provenance()]
         if isinstance(argument, BaseModel):
-            return [type(argument).__name__, argument.model_dump(mode="json")]
+            neutral = getattr(type(argument), "neutral", None)
+            return [type(argument).__name__, argument.model_dump(mode="json", exclude=neutral)]
         if isinstance(argument, tuple | list):
             return [self._identity(entry) for entry in argument]
         return argument

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rerankkit import processes
-from rerankkit.config import RunConfig
+from rerankkit.config import PretrainedPolicy, RunConfig
 from rerankkit.errors import ConfigError, UsageError, did_you_mean
 
 Track = Callable[[Mapping[str, float]], None]
@@ -29,6 +29,10 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
     log: Any = transformers.utils.logging
     log.set_verbosity_error()
     log.disable_progress_bar()
+    if isinstance(config.policy, PretrainedPolicy) and config.policy.lora is not None:
+        from rerankkit.lm.adapters import require_peft
+
+        require_peft()
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -111,6 +111,24 @@ def test_a_run_of_two_processes_is_that_of_one(two: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_two_processes_train_adapters_as_one(two: Path, tmp_path: Path) -> None:
+    """With everything that saves memory: small passes, adapters, activations computed again."""
+    pytest.importorskip("peft")
+    saving = ["policy.lora.rank=4", "policy.tokens_per_pass=600", "policy.gradient_checkpointing=true"]
+    words = [TINY, "policy.use=pretrained", f"policy.model={two / 'stages' / '3-midtrain'}", *saving, "--until", "rl"]
+    first = launch(2, "-m", "rerankkit", "run", *words, "--out", tmp_path / "a")
+    one = subprocess.run([sys.executable, "-m", "rerankkit", "run", *words, "--out", tmp_path / "b"], check=True)
+    finish(first)
+    assert one.returncode == 0
+    before = load_file(two / "stages" / "3-midtrain" / "model.safetensors")
+    for stage in ("3-midtrain", "6-sft", "7-rl"):
+        weights = load_file(tmp_path / "b" / "stages" / stage / "model.safetensors")
+        assert largest_difference(tmp_path / "a" / "stages" / stage / "model.safetensors", weights) < WEIGHT
+        assert largest_difference(two / "stages" / "3-midtrain" / "model.safetensors", weights) > 100 * WEIGHT
+        assert before.keys() == weights.keys()
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_gone_on_with_by_one(two: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(two), str(copy)], check=True)

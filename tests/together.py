@@ -35,6 +35,7 @@ class Plan:
 
     learning_rate: float = 1e-2
     warmup_steps: int = 1
+    schedule: str = "cosine"
     weight_decay: float = 0.1
     max_grad_norm: float = 0.1
     checkpoint_every: int = 2

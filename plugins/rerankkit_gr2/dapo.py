@@ -23,6 +23,7 @@ from rerankkit.lm import (
     load_checkpoint,
     metered,
     needed_flops,
+    passes,
     save_checkpoint,
     spent_on,
     spent_waiting,
@@ -30,6 +31,7 @@ from rerankkit.lm import (
 from rerankkit.math.advantages import group_advantages
 from rerankkit.math.losses import LossSettings, loss_denominator, mean_stats, overlong_penalty, policy_loss
 from rerankkit.math.metrics import kendall_tau
+from rerankkit.math.schedules import learning_rate_at
 from rerankkit.protocols import RewardFn
 from rerankkit.text.prompts import rerank_messages
 from rerankkit.types import Failed, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, StepReport
@@ -51,8 +53,9 @@ class GroupOptimizer:
     ) -> Iterator[StepReport]:
         """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
         config = self.config
+        trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            policy.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+            trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
         )
         folder = info.work / "checkpoint" if info.work else None
         found = load_checkpoint(folder, policy, optimizer) if folder else None
@@ -61,7 +64,9 @@ class GroupOptimizer:
             with metered() as meter:
                 groups, every = self._collect(policy, examples, reward, info, step)
                 for slot in optimizer.param_groups:
-                    slot["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
+                    slot["lr"] = learning_rate_at(
+                        step, config.steps, config.learning_rate, config.warmup_steps, config.schedule
+                    )
                 learned = self._learn(policy, optimizer, groups, info, step)
                 works = [_work(policy, group) for group in _grouped(every, config.group_size)]
                 meter.flops += sum(needed_flops(policy, work, training=False) for work in works)
@@ -131,8 +136,8 @@ class GroupOptimizer:
         for share in shares:
             if len(share) and bool(keep[list(share)].any()):
                 with spent_waiting():
-                    passes = processes.gathered(partial(self._accumulate, policy, groups, values, keep, share, info))
-                log = _joined(passes)
+                    done = processes.gathered(partial(self._accumulate, policy, groups, values, keep, share, info))
+                log = _joined(done)
                 if not logs:
                     self._check_gap(log, step)
                 norm = apply_gradients(policy, optimizer, config.max_grad_norm)
@@ -170,9 +175,10 @@ class GroupOptimizer:
         lengths = [_num_chosen(rollout) for i in share for rollout, _ in groups[i]]
         denominator = loss_denominator(lengths, keep[share].flatten().tolist(), settings)
         own = share[processes.rank() :: processes.count()]
-        passes = []
-        for start in range(0, len(own), config.groups_per_pass):
-            chosen = own[start : start + config.groups_per_pass]
+        done = []
+        sizes = [len(_prompt_ids(policy, groups[i][0][0])) + sum(len(r.token_ids) for r, _ in groups[i]) for i in own]
+        for some_rows in passes(sizes, info.tokens_per_pass, config.groups_per_pass):
+            chosen = [own[i] for i in some_rows]
             some = [[rollout for rollout, _ in groups[i]] for i in chosen]
             with spent_on("forward"):
                 tokens = group_logps(
@@ -199,7 +205,7 @@ class GroupOptimizer:
             with spent_on("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
             gaps = (logps.detach() - old).abs()
-            passes.append(
+            done.append(
                 {
                     **stats,
                     "loss": loss.item(),
@@ -209,7 +215,7 @@ class GroupOptimizer:
                     "logp_gap_max": gaps.max().item() if len(gaps) else 0.0,
                 }
             )
-        return passes
+        return done
 
     def _check_gap(self, log: Mapping[str, float], step: int) -> None:
         """Stop where sampler and trainer disagree about the same weights: what is learnt would be noise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rerankkit.lm.adapters import adapted
 from rerankkit.lm.ask import ask
 from rerankkit.lm.checkpoint import load_checkpoint, save_checkpoint
 from rerankkit.lm.forward import TokenLogps, group_logps, packed_logps
@@ -14,7 +15,7 @@ from rerankkit.lm.score import score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
-from rerankkit.lm.update import apply_gradients
+from rerankkit.lm.update import apply_gradients, passes
 
 __all__ = [
     "AnswerMask",
@@ -24,6 +25,7 @@ __all__ = [
     "TokenLogps",
     "TrainSequence",
     "Work",
+    "adapted",
     "answer_mask",
     "apply_gradients",
     "ask",
@@ -38,6 +40,7 @@ __all__ = [
     "needed_flops",
     "pack",
     "packed_logps",
+    "passes",
     "pretrained_policy",
     "roll_out",
     "save_checkpoint",

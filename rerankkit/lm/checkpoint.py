@@ -81,8 +81,11 @@ def load_checkpoint(
 
 
 def _weights(policy: Policy) -> dict[str, Tensor]:
-    """Every weight once: tied ones share memory, which safetensors refuses."""
+    """Every weight that is trained, once: tied ones share memory, which safetensors refuses."""
     named = dict(policy.model.named_parameters())
+    trained = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    if len(trained) < len(named):
+        return {name: tensor.detach() for name, tensor in trained.items()}
     shared = {tensor.data_ptr() for tensor in named.values()}
     buffers = {k: v for k, v in policy.model.state_dict().items() if k not in named and v.data_ptr() not in shared}
     return {name: tensor.detach() for name, tensor in (named | buffers).items()}

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rerankkit import processes
+from rerankkit.config import Lora
 from rerankkit.errors import RunFailed
 from rerankkit.protocols import PolicyOptimizer, RewardFn
 from rerankkit.stages.rewards import combine
+from rerankkit.stages.training import adapting
 from rerankkit.types import Reward, RunInfo, StepReport
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def reinforce(
     sids: SidMap,
     lists: CandidateLists,
     policy: Policy,
+    lora: Lora | None = None,
     *,
     info: RunInfo,
     watch: Callable[[StepReport], None] = lambda report: None,
@@ -43,9 +46,10 @@ def reinforce(
             "optimizer: no training list holds its target; raise candidates.size or candidates.earlier_steps, or "
             "choose another pre-ranker."
         )
-    for report in optimizer.optimize(policy, examples, combine(rewards), info):
-        info.log({"step": report.step, **report.metrics})
-        watch(report)
+    with adapting(policy, lora, info):
+        for report in optimizer.optimize(policy, examples, combine(rewards), info):
+            info.log({"step": report.step, **report.metrics})
+            watch(report)
     return policy
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from rerankkit import processes
-from rerankkit.config import Schedule
+from rerankkit.config import Lora, Schedule
 from rerankkit.errors import RunFailed
+from rerankkit.math.schedules import learning_rate_at
 from rerankkit.types import RunInfo
 
 if TYPE_CHECKING:
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 
 ROW_TOKENS = 256
 """Sequences are packed into rows of this many tokens, a longer one alone: attention grows with the square of a row."""
-FORWARD_TOKENS = 8192
-"""Tokens in one forward and backward pass; a larger batch accumulates gradients."""
 
 
 def train(
@@ -35,7 +35,8 @@ def train(
     """Train in place on `batch(1) .. batch(num_steps)`, continuing from the checkpoint in `info.work` if there is one.
 
     The loss of a step is the weighted mean of -log P over its tokens. Several processes share the rows of a batch; all
-    hold the whole policy and take the same step, with the gradient of the whole batch. `batch` must depend on the step
+    hold the whole policy and take the same step, with the gradient of the whole batch, which is gathered in passes of
+    `info.tokens_per_pass`. `batch` must depend on the step
     alone: that is what makes a continued run end where an undisturbed one does. Raises RunFailed when the loss is not
     finite.
     """
@@ -48,23 +49,25 @@ def train(
         needed_flops,
         pack,
         packed_logps,
+        passes,
         save_checkpoint,
         sequence_work,
         spent_on,
         spent_waiting,
     )
 
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay
+        trained, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay
     )
     found = load_checkpoint(info.work / "checkpoint", policy, optimizer) if info.work else None
     done = found[0] if found else 0
     autocast = torch.bfloat16 if info.precision == "bfloat16" else None
 
-    def accumulate(passes: Sequence[Rows], total: float) -> list[float]:
+    def accumulate(parts: Sequence[Rows], total: float) -> list[float]:
         """Add up gradients over passes; gives each one's part of the loss. `total` is the whole batch's weight."""
         losses = []
-        for rows in passes:
+        for rows in parts:
             with spent_on("forward"):
                 tokens = packed_logps(policy, rows, autocast=autocast)
                 part = -(tokens.weights * tokens.logps).sum() / total
@@ -79,11 +82,15 @@ def train(
         with metered() as meter:
             sequences = list(batch(step))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, num_steps, schedule.learning_rate, schedule.warmup_steps)
+                group["lr"] = learning_rate_at(
+                    step, num_steps, schedule.learning_rate, schedule.warmup_steps, schedule.schedule
+                )
             total = sum(sum(sequence.weights[1:]) for sequence in sequences)
             rows: Rows = [[sequences[i] for i in row] for row in pack(sequences, ROW_TOKENS)]
             # longest first, so that every process gets as many long ones
-            own = _passes(rows[processes.rank() :: processes.count()])
+            rows = rows[processes.rank() :: processes.count()]
+            sizes = [sum(map(len, row)) for row in rows]
+            own = [[rows[i] for i in some] for some in passes(sizes, info.tokens_per_pass)]
             with spent_waiting():
                 loss = sum(processes.gathered(partial(accumulate, own, total)))
             norm = apply_gradients(policy, optimizer, schedule.max_grad_norm)
@@ -101,21 +108,8 @@ def train(
     policy.model.eval()
 
 
-def learning_rate_at(step: int, num_steps: int, peak: float, warmup_steps: int) -> float:
-    """Linear warm-up to `peak`, then cosine decay to a tenth of it; steps count from 1."""
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+def adapting(policy: Policy, lora: Lora | None, info: RunInfo) -> AbstractContextManager[None]:
+    """Train adapters within, if the config says so, and have them merged at the end."""
+    from rerankkit.lm import adapted
 
-
-def _passes(rows: Rows) -> list[Rows]:
-    """Rows cut into passes of at most FORWARD_TOKENS, padding counted; rows longer than ROW_TOKENS come first."""
-    passes: list[Rows] = []
-    width = ROW_TOKENS
-    for row in rows:
-        if not passes or (len(passes[-1]) + 1) * width > FORWARD_TOKENS:
-            passes.append([])
-            width = max(ROW_TOKENS, sum(len(sequence) for sequence in row))
-        passes[-1].append(row)
-    return passes
+    return adapted(policy, info.seed, **lora.model_dump()) if lora is not None else nullcontext()
