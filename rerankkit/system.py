@@ -33,6 +33,8 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
         from rerankkit.lm.adapters import require_peft
 
         require_peft()
+        if processes.launched()[1] > 1 and _asked_for("FSDP"):
+            raise ConfigError("policy.lora: adapters are not trained under FSDP; choose multi-GPU without FSDP.")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,11 +76,11 @@ def _join(device: str) -> str:
     from accelerate import PartialState
 
     number, own = processes.launched()[1], torch.device(device)
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if _asked_for(name):
             raise UsageError(
-                f"accelerate's config asks for {name}: weights are not sharded in this version, every process holds "
-                "the whole policy. Start it with torchrun, or choose multi-GPU without FSDP, DeepSpeed or Megatron."
+                f"accelerate's config asks for {name}, which is not supported: choose multi-GPU (every process holds "
+                "the whole policy), or FSDP (every process trains a slice of it)."
             )
     if own.index is not None:
         raise ConfigError(
@@ -91,3 +93,8 @@ def _join(device: str) -> str:
             'or set device = "cpu".'
         )
     return str(PartialState(cpu=own.type == "cpu").device)
+
+
+def _asked_for(what: str) -> bool:
+    """Whether accelerate's config, which its launcher hands on through the environment, asks for FSDP and the like."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

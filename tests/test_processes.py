@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rerankkit import processes
 from rerankkit.errors import ConfigError, UsageError
+from rerankkit.pipeline import Pipeline
 
 from . import together
 
@@ -27,7 +28,7 @@ LOSS, WEIGHT = 1e-5, 1e-5
 """How far losses and weights may lie from those of one process: sums are taken in another order, in float32."""
 
 
-def launch(number: int, *words: str | Path) -> subprocess.Popen[str]:
+def launch(number: int, *words: str | Path, **environment: str) -> subprocess.Popen[str]:
     """torchrun, on a port that it finds itself."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d"]
     return subprocess.Popen(
@@ -36,7 +37,7 @@ def launch(number: int, *words: str | Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
     )
 
 
@@ -58,13 +59,14 @@ def largest_difference(a: Path, b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fsdp", ["false", "true"])
 @pytest.mark.parametrize("what", ["supervised", "reinforced"])
-def test_three_processes_with_uneven_shares_train_as_one(what: str, tmp_path: Path) -> None:
+def test_three_processes_with_uneven_shares_train_as_one(what: str, fsdp: str, tmp_path: Path) -> None:
     """Batches have one to four rows, or two prompts: in most steps somebody has less to do, or nothing."""
     out, alone = tmp_path / "three", tmp_path / "one"
     (out / "work").mkdir(parents=True)
     alone.mkdir()
-    process = launch(3, "-m", "tests.together", what, out)
+    process = launch(3, "-m", "tests.together", what, out, ACCELERATE_USE_FSDP=fsdp)
     policy, log = getattr(together, what)(alone)
     finish(process)
 
@@ -83,6 +85,13 @@ def test_three_processes_with_uneven_shares_train_as_one(what: str, tmp_path: Pa
         said = [[row[:3] for row in step["said"]] for step in facts[2]["log"]]
         assert said == [[row[:3] for row in step["said"]] for step in log]
         assert any(len(step) > 8 for step in said)  # groups without signal were replaced, by the same ones
+
+    # Another number of processes goes on from the checkpoint of step 2, and ends the same.
+    finish(launch(2, "-m", "tests.together", what, out, ACCELERATE_USE_FSDP=fsdp))
+    facts = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [(fact["count"], len(fact["log"]), fact["sharded"]) for fact in facts] == [(2, 2, fsdp == "true")] * 2
+    for rank in range(2):
+        assert largest_difference(out / f"{rank}.safetensors", expected) < WEIGHT
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,24 @@ def test_a_run_of_two_processes_is_that_of_one(two: Path, tmp_path: Path) -> Non
         assert (ours["stage"], ours["step"]) == (theirs["stage"], theirs["step"])
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=LOSS)
     assert (two / "report.json").read_bytes() == (one / "report.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_that_of_two_whole_policies(two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finish(launch(2, "-m", "rerankkit", "run", TINY, "--out", out, ACCELERATE_USE_FSDP="true"))
+    for stage in ("3-midtrain", "6-sft", "7-rl"):
+        weights = load_file(two / "stages" / stage / "model.safetensors")
+        assert largest_difference(out / "stages" / stage / "model.safetensors", weights) < WEIGHT
+    assert (out / "report.json").read_bytes() == (two / "report.json").read_bytes()
+
+
+def test_adapters_are_not_sharded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="policy.lora: adapters are not trained under FSDP"):
+        Pipeline(config={"policy": {"use": "pretrained", "model": "x", "lora": {}}}).run(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -262,8 +289,8 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     with pytest.raises(ConfigError, match=r"9 processes on this machine and \d GPUs"):
         _join("cuda")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match="asks for FSDP: weights are not sharded"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match=r"asks for DEEPSPEED, which is not supported: choose multi-GPU .* or FSDP"):
         _join("cpu")
 
 

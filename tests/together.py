@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from rerankkit import processes
 from rerankkit.lm import Policy, TrainSequence, scratch_policy
@@ -33,7 +34,7 @@ WORDS = ("red", "blue", "soap", "cream", "brush", "comb")
 class Plan:
     """A schedule, gradients clipped at every step."""
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 1e-3
     warmup_steps: int = 1
     schedule: str = "cosine"
     weight_decay: float = 0.1
@@ -100,9 +101,17 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     PartialState(cpu=True)
     (out / "work").mkdir(exist_ok=True)
+    seen: set[bool] = set()
+    adam = torch.optim.AdamW
+
+    def watched(parameters: list[torch.Tensor], **settings: Any) -> torch.optim.Optimizer:
+        seen.update(isinstance(parameter, DTensor) for parameter in parameters)
+        return adam(parameters, **settings)
+
+    torch.optim.AdamW = watched  # type: ignore[assignment, misc]
     policy, log = {"supervised": supervised, "reinforced": reinforced}[what](out / "work")
     weights = {name: tensor.detach().clone() for name, tensor in policy.model.named_parameters()}
     save_file(weights, out / f"{processes.rank()}.safetensors")
-    facts = {"count": processes.count(), "pid": os.getpid(), "log": log}
+    facts = {"count": processes.count(), "pid": os.getpid(), "log": log, "sharded": seen == {True}}
     (out / f"{processes.rank()}.json").write_text(json.dumps(facts))
     processes.leave()

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean, pstdev
 
 import torch
@@ -16,6 +15,7 @@ from rerankkit.errors import RunFailed
 from rerankkit.lm import (
     Policy,
     Work,
+    accumulate,
     apply_gradients,
     group_logps,
     group_work,
@@ -25,8 +25,7 @@ from rerankkit.lm import (
     needed_flops,
     passes,
     save_checkpoint,
-    spent_on,
-    spent_waiting,
+    sharded,
 )
 from rerankkit.math.advantages import group_advantages
 from rerankkit.math.losses import LossSettings, loss_denominator, mean_stats, overlong_penalty, policy_loss
@@ -52,6 +51,13 @@ class GroupOptimizer:
         self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo
     ) -> Iterator[StepReport]:
         """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
+        with sharded(policy):
+            yield from self._steps(policy, examples, reward, info)
+        policy.model.eval()
+
+    def _steps(
+        self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo
+    ) -> Iterator[StepReport]:
         config = self.config
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -78,7 +84,6 @@ class GroupOptimizer:
             # After the report: a step that the checkpoint counts as done has been logged.
             if folder and step % config.checkpoint_every == 0 and step < config.steps:
                 save_checkpoint(folder, step, policy, optimizer, {})
-        policy.model.eval()
 
     def _collect(
         self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo, step: int
@@ -135,8 +140,7 @@ class GroupOptimizer:
         policy.model.train()
         for share in shares:
             if len(share) and bool(keep[list(share)].any()):
-                with spent_waiting():
-                    done = processes.gathered(partial(self._accumulate, policy, groups, values, keep, share, info))
+                done = self._accumulate(policy, groups, values, keep, share, info)
                 log = _joined(done)
                 if not logs:
                     self._check_gap(log, step)
@@ -162,9 +166,9 @@ class GroupOptimizer:
         share: range,
         info: RunInfo,
     ) -> list[dict[str, float]]:
-        """Add up the gradients of this process's groups among `share`, over the denominator of all groups of `share`.
+        """Add up the gradients of the groups `share`, over the denominator of all of them; logs of the passes.
 
-        `advantages` and `keep` are [P, G]. Returns what to log about each pass.
+        `advantages` and `keep` are [P, G].
         """
         config, device = self.config, policy.device
         settings = (
@@ -174,48 +178,44 @@ class GroupOptimizer:
         )
         lengths = [_num_chosen(rollout) for i in share for rollout, _ in groups[i]]
         denominator = loss_denominator(lengths, keep[share].flatten().tolist(), settings)
-        own = share[processes.rank() :: processes.count()]
-        done = []
-        sizes = [len(_prompt_ids(policy, groups[i][0][0])) + sum(len(r.token_ids) for r, _ in groups[i]) for i in own]
-        for some_rows in passes(sizes, info.tokens_per_pass, config.groups_per_pass):
-            chosen = [own[i] for i in some_rows]
+
+        def forward(chosen: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
             some = [[rollout for rollout, _ in groups[i]] for i in chosen]
-            with spent_on("forward"):
-                tokens = group_logps(
-                    policy,
-                    [_prompt_ids(policy, group[0]) for group in some],
-                    [[list(rollout.token_ids) for rollout in group] for group in some],
-                    temperature=config.temperature,
-                    entropies=True,
-                    autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
-                    allowed=[[rollout.allowed_ids for rollout in group] for group in some],
-                )
-                old = torch.tensor([logp for group in some for r in group for logp in r.logps], device=device)
-                free = tokens.weights > 0  # what the mask forced was no choice: nothing to learn, nothing to count
-                logps, old = tokens.logps[free], old[free]
-                loss, stats = policy_loss(
-                    logps,
-                    old,
-                    tokens.sequence_ids[free],
-                    advantages[chosen].flatten().to(device),
-                    settings,
-                    keep=keep[chosen].flatten().to(device),
-                    denominator=denominator,
-                )
-            with spent_on("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-            gaps = (logps.detach() - old).abs()
-            done.append(
-                {
-                    **stats,
-                    "loss": loss.item(),
-                    "num_chosen": float(len(gaps)),
-                    "entropy": 0.0 if tokens.entropies is None else tokens.entropies[free].sum().item(),
-                    "logp_gap": gaps.sum().item(),
-                    "logp_gap_max": gaps.max().item() if len(gaps) else 0.0,
-                }
+            tokens = group_logps(
+                policy,
+                [_prompt_ids(policy, group[0]) for group in some],
+                [[list(rollout.token_ids) for rollout in group] for group in some],
+                temperature=config.temperature,
+                entropies=True,
+                autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
+                allowed=[[rollout.allowed_ids for rollout in group] for group in some],
             )
-        return done
+            old = torch.tensor([logp for group in some for r in group for logp in r.logps], device=device)
+            free = tokens.weights > 0  # what the mask forced was no choice: nothing to learn, nothing to count
+            logps, old = tokens.logps[free], old[free]
+            loss, stats = policy_loss(
+                logps,
+                old,
+                tokens.sequence_ids[free],
+                advantages[chosen].flatten().to(device),
+                settings,
+                keep=keep[chosen].flatten().to(device),
+                denominator=denominator,
+            )
+            gaps = (logps.detach() - old).abs()
+            return loss, {
+                **stats,
+                "loss": loss.item(),
+                "num_chosen": float(len(gaps)),
+                "entropy": 0.0 if tokens.entropies is None else tokens.entropies[free].sum().item(),
+                "logp_gap": gaps.sum().item(),
+                "logp_gap_max": gaps.max().item() if len(gaps) else 0.0,
+            }
+
+        own = share[processes.rank() :: processes.count()]
+        sizes = [len(_prompt_ids(policy, groups[i][0][0])) + sum(len(r.token_ids) for r, _ in groups[i]) for i in own]
+        cut = passes(sizes, info.tokens_per_pass, config.groups_per_pass)
+        return accumulate(policy, [[own[i] for i in some] for some in cut], forward, idle=[share[0]])
 
     def _check_gap(self, log: Mapping[str, float], step: int) -> None:
         """Stop where sampler and trainer disagree about the same weights: what is learnt would be noise."""

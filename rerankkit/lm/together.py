@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any
 
 from rerankkit import processes
 from rerankkit.lm.ask import ask
 from rerankkit.lm.meter import spent_on, spent_waiting
 from rerankkit.lm.policy import Policy
+from rerankkit.lm.shard import whole_weights
 from rerankkit.protocols import RewardFn
 from rerankkit.types import Failed, NotApplicable, Outcome, Parse, Ranking, RerankExample, Reward, Rollout
 
@@ -32,18 +34,21 @@ def judged_rollouts(
     """
     own = processes.share(range(len(examples)))
 
+    def sampled(mine: list[RerankExample]) -> list[Rollout]:
+        return ask(policy, mine, group_size=group_size, first_group=first_group + own[0], **asking)
+
     def work() -> list[Any]:
         if not own:
             return []
         mine = [examples[i] for i in own]
         with spent_on("rollout"):  # the sampler tells prefill and decoding apart, inside
-            rollouts = ask(policy, mine, group_size=group_size, first_group=first_group + own[0], **asking)
+            rollouts = hold(partial(sampled, mine))
         with spent_on("reward"):
             outcomes = reward(rollouts)
         return [_told(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
 
     by_group = dict(enumerate(examples, start=first_group))
-    with spent_waiting():
+    with spent_waiting(), whole_weights(policy) as hold:
         records = processes.gathered(work)
     return [_heard(record, by_group) for record in records]
 

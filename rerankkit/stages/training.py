@@ -40,9 +40,24 @@ def train(
     alone: that is what makes a continued run end where an undisturbed one does. Raises RunFailed when the loss is not
     finite.
     """
+    from rerankkit.lm import sharded
+
+    with sharded(policy):
+        _train(policy, batch, num_steps, schedule, info, what)
+
+
+def _train(
+    policy: Policy,
+    batch: Callable[[int], Sequence[TrainSequence]],
+    num_steps: int,
+    schedule: Schedule,
+    info: RunInfo,
+    what: str,
+) -> None:
     import torch
 
     from rerankkit.lm import (
+        accumulate,
         apply_gradients,
         load_checkpoint,
         metered,
@@ -52,8 +67,6 @@ def train(
         passes,
         save_checkpoint,
         sequence_work,
-        spent_on,
-        spent_waiting,
     )
 
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
@@ -64,35 +77,26 @@ def train(
     done = found[0] if found else 0
     autocast = torch.bfloat16 if info.precision == "bfloat16" else None
 
-    def accumulate(parts: Sequence[Rows], total: float) -> list[float]:
-        """Add up gradients over passes; gives each one's part of the loss. `total` is the whole batch's weight."""
-        losses = []
-        for rows in parts:
-            with spent_on("forward"):
-                tokens = packed_logps(policy, rows, autocast=autocast)
-                part = -(tokens.weights * tokens.logps).sum() / total
-            if part.requires_grad:  # a pass may hold nothing but context
-                with spent_on("backward"):
-                    part.backward()  # type: ignore[no-untyped-call]
-                    losses.append(part.item())
-        return losses
+    def forward(total: float, rows: Rows) -> tuple[torch.Tensor, float]:
+        tokens = packed_logps(policy, rows, autocast=autocast)
+        loss = -(tokens.weights * tokens.logps).sum() / total
+        return loss, loss.item()
 
     policy.model.train()
     for step in info.progress(range(done + 1, num_steps + 1), total=num_steps - done, what=what):
         with metered() as meter:
-            sequences = list(batch(step))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(
                     step, num_steps, schedule.learning_rate, schedule.warmup_steps, schedule.schedule
                 )
+            sequences = [sequence for sequence in batch(step) if any(sequence.weights[1:])]
             total = sum(sum(sequence.weights[1:]) for sequence in sequences)
             rows: Rows = [[sequences[i] for i in row] for row in pack(sequences, ROW_TOKENS)]
-            # longest first, so that every process gets as many long ones
-            rows = rows[processes.rank() :: processes.count()]
-            sizes = [sum(map(len, row)) for row in rows]
-            own = [[rows[i] for i in some] for some in passes(sizes, info.tokens_per_pass)]
-            with spent_waiting():
-                loss = sum(processes.gathered(partial(accumulate, own, total)))
+            # rows come longest first, so that every process gets as many long ones
+            share = rows[processes.rank() :: processes.count()]
+            sizes = [sum(map(len, row)) for row in share]
+            own = [[share[i] for i in some] for some in passes(sizes, info.tokens_per_pass)]
+            loss = sum(accumulate(policy, own, partial(forward, total), idle=rows[-1:]))
             norm = apply_gradients(policy, optimizer, schedule.max_grad_norm)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise RunFailed(
