@@ -33,7 +33,8 @@ BUCKET = 2**24
 
 def launched() -> tuple[int, int]:
     """(rank, number of processes) as the launcher's environment has them; (0, 1) without a launcher."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), number) if number > 1 else (0, 1)
 
 
 def launcher_warning() -> str:

@@ -328,9 +328,15 @@ def manifest(config: RunConfig) -> dict[str, Any]:
         "device": config.device,
         "processes": processes.count(),
         "parts": [p.provenance() for p in (config.tokenizer, config.teacher, *config.reward, config.optimizer)],
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cpu_count": os.cpu_count()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what a result depends on; of extras, where they are installed."""
+    found = {name: version_of(name) for name in (*PACKAGES, "peft")}
+    return {name: known for name, known in found.items() if name in PACKAGES or known != "not installed"}
 
 
 def is_run_folder(path: Path) -> bool:

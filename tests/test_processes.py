@@ -133,7 +133,7 @@ def test_adapters_are_not_sharded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     pytest.importorskip("peft")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="policy.lora: adapters are not trained under FSDP"):
+    with pytest.raises(ConfigError, match=r"policy\.lora: adapters are not trained under FSDP"):
         Pipeline(config={"policy": {"use": "pretrained", "model": "x", "lora": {}}}).run(tmp_path / "run")
 
 
@@ -224,6 +224,14 @@ def test_a_folder_in_use_is_refused_by_all(tmp_path: Path) -> None:
     assert "is in use by process" in err
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
+
+
+def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")  # some clusters set it for every job
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.launched() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.launched() == (3, 4)
 
 
 def test_shares_are_slices_that_make_up_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

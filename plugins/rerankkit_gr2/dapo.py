@@ -73,11 +73,13 @@ class GroupOptimizer:
                     slot["lr"] = learning_rate_at(
                         step, config.steps, config.learning_rate, config.warmup_steps, config.schedule
                     )
-                learned = self._learn(policy, optimizer, groups, info, step)
-                works = [_work(policy, group) for group in _grouped(every, config.group_size)]
-                meter.flops += sum(needed_flops(policy, work, training=False) for work in works)
-                works = [_work(policy, group) for group in groups] if "num_updates" in learned else []
-                meter.flops += sum(needed_flops(policy, work, training=True) for work in works)
+                prompts = {rollout.group: rollout for rollout, _ in every}
+                prompt_ids = {group: _prompt_ids(policy, rollout) for group, rollout in prompts.items()}
+                learned = self._learn(policy, optimizer, groups, prompt_ids, info, step)
+                for some, training in ((_grouped(every, config.group_size), False), (groups, True)):
+                    if not training or "num_updates" in learned:
+                        works = (_work(group, prompt_ids) for group in some)
+                        meter.flops += sum(needed_flops(policy, work, training=training) for work in works)
             sampled = sum(len(rollout.token_ids) for rollout, _ in every)
             metrics = {**_describe(every), **learned, "num_groups": float(len(groups)), **meter.metrics(sampled)}
             yield StepReport(step, metrics, tuple(r for r, _ in every), tuple(o for _, o in every))
@@ -125,7 +127,13 @@ class GroupOptimizer:
         return groups, every
 
     def _learn(
-        self, policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group], info: RunInfo, step: int
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        groups: list[Group],
+        prompt_ids: Mapping[int, list[int]],
+        info: RunInfo,
+        step: int,
     ) -> dict[str, float]:
         """Optimizer steps on the groups, `updates_per_batch` of them, each on its share of the groups."""
         if not groups:
@@ -140,7 +148,7 @@ class GroupOptimizer:
         policy.model.train()
         for share in shares:
             if len(share) and bool(keep[list(share)].any()):
-                done = self._accumulate(policy, groups, values, keep, share, info)
+                done = self._accumulate(policy, groups, prompt_ids, values, keep, share, info)
                 log = _joined(done)
                 if not logs:
                     self._check_gap(log, step)
@@ -161,6 +169,7 @@ class GroupOptimizer:
         self,
         policy: Policy,
         groups: list[Group],
+        prompt_ids: Mapping[int, list[int]],
         advantages: torch.Tensor,
         keep: torch.Tensor,
         share: range,
@@ -168,7 +177,7 @@ class GroupOptimizer:
     ) -> list[dict[str, float]]:
         """Add up the gradients of the groups `share`, over the denominator of all of them; logs of the passes.
 
-        `advantages` and `keep` are [P, G].
+        `advantages` and `keep` are [P, G]; `prompt_ids` has every group's prompt by its number.
         """
         config, device = self.config, policy.device
         settings = (
@@ -183,7 +192,7 @@ class GroupOptimizer:
             some = [[rollout for rollout, _ in groups[i]] for i in chosen]
             tokens = group_logps(
                 policy,
-                [_prompt_ids(policy, group[0]) for group in some],
+                [prompt_ids[group[0].group] for group in some],
                 [[list(rollout.token_ids) for rollout in group] for group in some],
                 temperature=config.temperature,
                 entropies=True,
@@ -213,7 +222,7 @@ class GroupOptimizer:
             }
 
         own = share[processes.rank() :: processes.count()]
-        sizes = [len(_prompt_ids(policy, groups[i][0][0])) + sum(len(r.token_ids) for r, _ in groups[i]) for i in own]
+        sizes = [len(prompt_ids[groups[i][0][0].group]) + sum(len(r.token_ids) for r, _ in groups[i]) for i in own]
         cut = passes(sizes, info.tokens_per_pass, config.groups_per_pass)
         return accumulate(policy, [[own[i] for i in some] for some in cut], forward, idle=[share[0]])
 
@@ -254,8 +263,8 @@ def _prompt_ids(policy: Policy, rollout: Rollout) -> list[int]:
     return policy.prompt_ids(rerank_messages(rollout.example, policy.surface, policy.style))
 
 
-def _work(policy: Policy, group: Group) -> Work:
-    return group_work(len(_prompt_ids(policy, group[0][0])), [_num_chosen(rollout) for rollout, _ in group])
+def _work(group: Group, prompt_ids: Mapping[int, list[int]]) -> Work:
+    return group_work(len(prompt_ids[group[0][0].group]), [_num_chosen(rollout) for rollout, _ in group])
 
 
 def _joined(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -78,7 +78,8 @@ def run(
                 until=until,
             )
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        if main:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
         raise typer.Exit(130) from None
     processes.leave()
     if not main:
