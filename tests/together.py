@@ -42,9 +42,11 @@ class Plan:
     checkpoint_every: int = 2
 
 
-def make_policy() -> Policy:
+def make_policy(tie: bool = True) -> Policy:
     corpus = [" ".join(WORDS), '{"explanation": "", "recommendations": ["", ""]}'] * 20
-    policy = scratch_policy(corpus, seed=1, hidden_size=32, num_layers=2, num_heads=2, vocab_size=320)
+    policy = scratch_policy(
+        corpus, seed=1, hidden_size=32, num_layers=2, num_heads=2, vocab_size=320, tie_embeddings=tie
+    )
     policy.extend((4, 4), SidSurface(), seed=1)
     policy.style = PromptStyle(fields=("title",), max_history=2, terse=True)
     return policy
@@ -52,7 +54,8 @@ def make_policy() -> Policy:
 
 def supervised(work: Path) -> tuple[Policy, list[Any]]:
     """Steps of one to four sequences of unlike lengths and weights: some processes have nothing to do in some."""
-    policy, log = make_policy(), []
+    policy, log = make_policy(tie=False), []
+    policy.checkpoint_gradients()
 
     def batch(step: int) -> list[TrainSequence]:
         lengths = [250 - 60 * step, 200, 90, 260][: 1 + step % 4]
