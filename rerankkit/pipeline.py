@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rerankkit import processes
 from rerankkit.config import ChosenPart, find_plugins, load_config, make_config, overridden
 from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
 from rerankkit.run import run
@@ -53,6 +55,7 @@ class Pipeline:
         if "reward" in own:
             own["reward"] = (own["reward"],)
         resolved = replace(resolved, **own)
-        with progress_bar() as bar, prepare(resolved, Path(out)) as (device, track):
+        main = processes.launched()[0] == 0
+        with progress_bar() if main else nullcontext() as bar, prepare(resolved, Path(out)) as (device, track):
             shown = {"progress": bar, "announce": announce} if progress else {}
             return run(resolved, Path(out), device=device, track=track, hooks=plugins.hooks, until=until, **shown)

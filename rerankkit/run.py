@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rerankkit.config import RunConfig
+from rerankkit import processes
+from rerankkit.config import PretrainedPolicy, RunConfig
 from rerankkit.store import RunFolder, StoppedEarlyError, open_run
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
     from rerankkit.stages.assemble import report_run
 
     with suppress(StoppedEarlyError), open_run(out, config, **how) as folder:
-        return report_run(folder, *stages(folder))
+        finished = stages(folder)
+        return processes.decide(lambda: report_run(folder, *finished))
     return {}
 
 
@@ -39,7 +41,10 @@ def plan(config: RunConfig, out: Path, until: str = "") -> dict[str, str]:
 
 
 def stages(folder: RunFolder) -> tuple[Any, ...]:
-    """Every stage in order; returns what the report is made from."""
+    """Every stage in order; returns what the report is made from.
+
+    Of several processes one does a `stage` while the others wait; those that train or rank are done `together`.
+    """
     from rerankkit.data.dataset import Dataset
     from rerankkit.data.lists import CandidateLists
     from rerankkit.stages.candidates import make_candidates
@@ -55,22 +60,26 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     def load_policy(saved: Path) -> Policy:
         from rerankkit.lm import Policy
 
-        return Policy.load(saved, device=folder.device)
+        policy = Policy.load(saved, device=folder.device)
+        if c.policy.gradient_checkpointing:
+            policy.checkpoint_gradients()
+        return policy
 
-    c, stage = folder.config, folder.stage
-    tables, how = source_digests(c.data, c.candidates), drawn_with(c)
+    c, stage, together = folder.config, folder.stage, folder.together
+    tables, recipe = source_digests(c.data, c.candidates), drawn_with(c)
+    lora = c.policy.lora if isinstance(c.policy, PretrainedPolicy) else None
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
     drawn = gated(draw_sids, folder)
-    sids = stage("sids", drawn, SidMap.load, c.tokenizer, c.sids, c.data.embeddings, data, how)
-    mid = stage("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
+    sids = stage("sids", drawn, SidMap.load, c.tokenizer, c.sids, c.data.embeddings, data, recipe)
+    mid = together("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
     own = (sids, mid) if c.candidates.use == "policy" else (None, None)
     lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)
     traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
-    sft = stage("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid)
-    rl = stage("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft)
+    sft = together("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid, lora)
+    rl = together("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft, lora)
     ranked = {
-        name: stage(f"rank-{name}", rank_users, Rankings.load, how, c.evaluate, data, sids, lists, policy)
+        name: together(f"rank-{name}", rank_users, Rankings.load, how, c.evaluate, data, sids, lists, policy)
         for name, how, policy in (("mid-train", "score", mid), ("sft", "generate", sft), ("rl", "generate", rl))
     }
     return data, sids, lists, traces, ranked

@@ -23,13 +23,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
+from rerankkit import processes
 from rerankkit.config import ChosenPart, RunConfig
 from rerankkit.errors import RerankkitError, RunFailed, RunFolderError
 from rerankkit.types import RunInfo, SidSurface
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 PACKAGES = ("rerankkit", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pydantic", "pluggy")
 """What a result depends on most, for the manifest."""
@@ -97,41 +101,39 @@ class RunFolder:
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of the stages so far, in order."""
 
-    def stage(self, name: str, make: Callable[..., A], loader: Callable[[Path], A], *arguments: Any) -> Artifact[A]:
+    def stage(
+        self,
+        name: str,
+        make: Callable[..., A],
+        loader: Callable[[Path], A],
+        *arguments: Any,
+        together: bool = False,
+    ) -> Artifact[A]:
         """Do a stage, or find it done.
 
-        `make(*arguments, info)` is called with every Artifact among the arguments loaded and every ChosenPart built.
+        `make(*arguments, info)` is called with every Artifact among the arguments loaded and every ChosenPart built:
+        by the main process while the others wait, or, with `together`, by all of them. Only the main one writes.
         """
         if self.until and self.until in self.fingerprints:
             raise StoppedEarlyError(self.until)
         number = len(self.fingerprints) + 1
         folder = self.path / "stages" / f"{number}-{name}"
+        work = folder.with_suffix(".work")
         fingerprint = _digest([FORMAT, name, self.config.seed, *map(self._identity, arguments)])
         artifact = Artifact(folder, fingerprint, loader)
         self.fingerprints[name] = fingerprint
-        done = _fingerprint_of(folder) == fingerprint
-        work = folder.with_suffix(".work")
-        continued = _fingerprint_of(work) == fingerprint
         if self.plan:
-            self.announce(name, "done" if done else "unfinished" if continued else "to do", 0.0)
+            self.announce(name, _state(folder, work, fingerprint), 0.0)
             return artifact
-        if done:
-            self.announce(name, "skipped", 0.0)
+        if not processes.decide(lambda: self._begin(name, folder, work, fingerprint)):
             return artifact
-        for file in RESULTS:  # it tells of other results than those to come
-            (self.path / file).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "trec", ignore_errors=True)
-        if not continued:
-            shutil.rmtree(work, ignore_errors=True)
-            self._forget(name)
-            work.mkdir(parents=True)
-            write_json(work / "stage.json", {"name": name, "fingerprint": fingerprint})
-        drop_half_line(self.path / "metrics.jsonl")
-        self._tell(name, "continued" if continued else "started", 0.0)
         started = time.monotonic()
         info = self.info(name, work)
-        with self._blaming() as built:
-            result = make(*[self._ready(argument, info, built) for argument in arguments], info=info)
+
+        def made() -> A:
+            return make(*[self._ready(argument, info, built) for argument in arguments], info=info)
+
+        def keep(result: A) -> None:
             seconds = time.monotonic() - started
             record = {"name": name, "fingerprint": fingerprint, "seconds": round(seconds, 3)}
 
@@ -140,14 +142,45 @@ class RunFolder:
                 write_json(aside / "stage.json", record)
 
             publish(folder, write)
-        shutil.rmtree(work, ignore_errors=True)
-        self._tell(name, "done", seconds)
+            shutil.rmtree(work, ignore_errors=True)
+            self._tell(name, "done", seconds)
+
+        with self._blaming() as built:
+            if together:
+                result = made()
+                processes.decide(lambda: keep(result))
+            else:
+                processes.decide(lambda: keep(made()))
         return artifact
+
+    def together(self, name: str, make: Callable[..., A], loader: Callable[[Path], A], *arguments: Any) -> Artifact[A]:
+        """`stage`, for one that shares its work among all processes of the run."""
+        return self.stage(name, make, loader, *arguments, together=True)
+
+    def _begin(self, name: str, folder: Path, work: Path, fingerprint: str) -> bool:
+        """Say how a stage stands and make its work folder ready; False if there is nothing to do."""
+        state = _state(folder, work, fingerprint)
+        if state == "done":
+            self.announce(name, "skipped", 0.0)
+            return False
+        for file in RESULTS:  # it tells of other results than those to come
+            (self.path / file).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "trec", ignore_errors=True)
+        if state == "to do":
+            shutil.rmtree(work, ignore_errors=True)
+            self._forget(name)
+            work.mkdir(parents=True)
+            write_json(work / "stage.json", {"name": name, "fingerprint": fingerprint})
+        drop_half_line(self.path / "metrics.jsonl")
+        self._tell(name, "continued" if state == "unfinished" else "started", 0.0)
+        return True
 
     def _tell(self, name: str, state: str, seconds: float) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
+        number = processes.count()
+        how = f" after {seconds:.1f} s" if seconds else f" on {number} processes" if number > 1 else ""
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{now}  {name}: {state}{f' after {seconds:.1f} s' if seconds else ''}\n")
+            file.write(f"{now}  {name}: {state}{how}\n")
         self.announce(name, state, seconds)
 
     def seconds(self) -> dict[str, float]:
@@ -162,10 +195,12 @@ class RunFolder:
                 file.write(json.dumps({"stage": stage, **metrics}) + "\n")
             self.track({f"{stage}/{key}": value for key, value in metrics.items()})
 
-        surface = SidSurface()
-        chosen = {} if self.progress is None else {"progress": self.progress}
-        precision = self.config.policy.precision
-        return RunInfo(self.config.seed, self.device, precision, work, surface=surface, log=log, **chosen)
+        surface, precision = SidSurface(), self.config.policy.precision
+        told: dict[str, Any] = {}
+        if processes.is_main():
+            told = {"log": log} if self.progress is None else {"log": log, "progress": self.progress}
+        size = self.config.policy.tokens_per_pass
+        return RunInfo(self.config.seed, self.device, precision, work, surface=surface, tokens_per_pass=size, **told)
 
     def _ready(self, argument: Any, info: RunInfo, built: list[tuple[ChosenPart, Any]]) -> Any:
         if isinstance(argument, Artifact):
@@ -208,7 +243,8 @@ class RunFolder:
         if isinstance(argument, ChosenPart):
             return [argument.resolved(), argument.provenance()]
         if isinstance(argument, BaseModel):
-            return [type(argument).__name__, argument.model_dump(mode="json")]
+            neutral = getattr(type(argument), "neutral", None)
+            return [type(argument).__name__, argument.model_dump(mode="json", exclude=neutral)]
         if isinstance(argument, tuple | list):
             return [self._identity(entry) for entry in argument]
         return argument
@@ -227,30 +263,39 @@ class RunFolder:
 
 @contextmanager
 def open_run(path: Path, config: RunConfig, **how: Any) -> Iterator[RunFolder]:
-    """Lock `path` for this process and record what is about to run. Raises RunFolderError if it is taken or foreign."""
-    from filelock import FileLock, Timeout
+    """Lock `path` for this run and record what is about to run. Raises RunFolderError if it is taken or foreign.
+
+    Of several processes the main one holds the lock, and the others hear of it.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path / ".lock")
+    try:
+        processes.decide(lambda: _take(path, config, lock))
+        yield RunFolder(path, config, **how)
+    finally:
+        if lock.is_locked:
+            (path / "holder.json").unlink(missing_ok=True)
+            lock.release()
+
+
+def _take(path: Path, config: RunConfig, lock: FileLock) -> None:
+    from filelock import Timeout
 
     check_free(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be made ({error.strerror}); choose another --out.") from error
-    lock = FileLock(path / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise _in_use(path) from None
-    try:
-        for file in FAILED_SIDS:
-            (path / file).unlink(missing_ok=True)
-        write_json(path / "holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
-        write_json(path / "config.json", config.resolved())
-        folder = RunFolder(path, config, **how)
-        write_json(path / "manifest.json", manifest(config))
-        yield folder
-    finally:
-        (path / "holder.json").unlink(missing_ok=True)
-        lock.release()
+    for file in FAILED_SIDS:
+        (path / file).unlink(missing_ok=True)
+    write_json(path / "holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
+    write_json(path / "config.json", config.resolved())
+    write_json(path / "manifest.json", manifest(config))
 
 
 def check_free(path: Path) -> None:
@@ -285,10 +330,17 @@ def manifest(config: RunConfig) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "device": config.device,
+        "processes": processes.count(),
         "parts": [p.provenance() for p in (config.tokenizer, config.teacher, *config.reward, config.optimizer)],
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cpu_count": os.cpu_count()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what a result depends on; of extras, where they are installed."""
+    found = {name: version_of(name) for name in (*PACKAGES, "peft")}
+    return {name: known for name, known in found.items() if name in PACKAGES or known != "not installed"}
 
 
 def is_run_folder(path: Path) -> bool:
@@ -410,6 +462,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _state(folder: Path, work: Path, fingerprint: str) -> str:
+    """How a stage stands: `done`, `unfinished` (its work goes on) or `to do`."""
+    if _fingerprint_of(folder) == fingerprint:
+        return "done"
+    return "unfinished" if _fingerprint_of(work) == fingerprint else "to do"
 
 
 def _fingerprint_of(folder: Path) -> str:

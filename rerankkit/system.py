@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rerankkit.config import RunConfig
+from rerankkit import processes
+from rerankkit.config import PretrainedPolicy, RunConfig
 from rerankkit.errors import ConfigError, UsageError, did_you_mean
 
 Track = Callable[[Mapping[str, float]], None]
@@ -25,23 +26,27 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
     import torch
     import transformers
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version runs in one process; start it without a launcher."
-        )
     log: Any = transformers.utils.logging
     log.set_verbosity_error()
     log.disable_progress_bar()
-    if config.policy.threads is not None:
-        torch.set_num_threads(config.policy.threads)
+    if isinstance(config.policy, PretrainedPolicy) and config.policy.lora is not None:
+        from rerankkit.lm.adapters import require_peft
+
+        require_peft()
+        if processes.launched()[1] > 1 and _asked_for("FSDP"):
+            raise ConfigError("policy.lora: adapters are not trained under FSDP; choose multi-GPU without FSDP.")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.launched()[1] > 1:
+        device = _join(device)
+    if config.policy.threads is not None:
+        torch.set_num_threads(config.policy.threads)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: {config.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    if not config.trackers:
+    if not config.trackers or not processes.is_main():
         yield device, lambda metrics: None
         return
     from accelerate import Accelerator
@@ -61,4 +66,35 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
     try:
         yield device, lambda metrics: started().log(dict(metrics))
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training() would part from the other processes, too
+            tracker.finish()
+
+
+def _join(device: str) -> str:
+    """Meet the other processes that the launcher started; gives this one's device, or raises UsageError."""
+    import torch
+    from accelerate import PartialState
+
+    number, own = processes.launched()[1], torch.device(device)
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if _asked_for(name):
+            raise UsageError(
+                f"accelerate's config asks for {name}, which is not supported: choose multi-GPU (every process holds "
+                "the whole policy), or FSDP (every process trains a slice of it)."
+            )
+    if own.index is not None:
+        raise ConfigError(
+            f'device: {device!r} is one device, and {number} processes run; write "cuda", "cpu" or "auto".'
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if own.type == "cuda" and here > torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {here} processes on this machine and {torch.cuda.device_count()} GPUs; start one process a GPU, "
+            'or set device = "cpu".'
+        )
+    return str(PartialState(cpu=own.type == "cpu").device)
+
+
+def _asked_for(what: str) -> bool:
+    """Whether accelerate's config, which its launcher hands on through the environment, asks for FSDP and the like."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

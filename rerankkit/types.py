@@ -247,3 +247,5 @@ class RunInfo:
     """`for x in info.progress(xs, total=len(xs), what="sampling")` draws a bar where there is a terminal."""
     log: Callable[[Mapping[str, float]], None] = _unlogged
     """Appends one record to metrics.jsonl; give `step`, and a step logged twice counts once, the last time."""
+    tokens_per_pass: int = 8192
+    """Tokens in one forward and backward pass, padding counted; a larger batch adds up the gradients of several."""

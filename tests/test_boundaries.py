@@ -21,6 +21,7 @@ LAYERS = {
     "protocols": 1,
     "text": 1,
     "part_config": 1,
+    "processes": 1,
     "plugins": 2,
     "config": 3,
     "data": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -365,6 +366,7 @@ def test_a_run_is_stopped_by_the_gate_and_its_next_attempt_forgets(call: Call, t
 def test_doctor_tells_the_machine_and_what_is_wrong(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call("doctor")
     assert code == 0 and out.endswith("\nall is well\n") and "plugin gr2 " in out
+    assert re.search(r"^processes +1 \(NO\), this is 0 on ", out, re.M)
 
     monkeypatch.setenv("RERANKKIT_PLUGINS", "gr2,absent")
     code, out, _ = call("doctor", "--json")

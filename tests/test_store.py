@@ -18,6 +18,7 @@ from rerankkit.config import ChosenPart, Midtrain, RunConfig, make_config
 from rerankkit.errors import DataError, RunFailed, RunFolderError
 from rerankkit.plugins import PartSpec, PluginConfig, load_plugins
 from rerankkit.store import (
+    RunFolder,
     StageStatus,
     StoppedEarlyError,
     drop_half_line,
@@ -411,3 +412,12 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
             folder.stage("rl", use_rewards, Note.load, (part_that_raises(ZeroDivisionError(), False, "rerankkit"),))
         with pytest.raises(KeyError):  # a stage's own, with a part at hand that is not to blame
             folder.stage("x", lambda rewards, info: raises(KeyError("k")), Note.load, (part_that_raises(ValueError()),))
+
+
+def test_what_only_saves_memory_leaves_stages_done(tmp_path: Path) -> None:
+    def identity(**policy: Any) -> Any:
+        config = make_config({"policy": policy}, load_plugins())
+        return RunFolder(tmp_path, config)._identity(config.policy)
+
+    assert identity(tokens_per_pass=512, gradient_checkpointing=True, threads=3) == identity()
+    assert identity(precision="bfloat16") != identity()

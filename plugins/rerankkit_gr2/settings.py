@@ -188,7 +188,9 @@ class GroupConfig(PluginConfig):
     updates_per_batch: PositiveInt = 1
     """Optimizer steps on each batch, each on its share of the prompts; beyond 1 the clips start to matter."""
     learning_rate: PositiveFloat = 1e-4
-    """Constant, after a linear warm-up."""
+    """At its peak, after a linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """How the learning rate goes on from its peak: down to a tenth of it, or level."""
     warmup_steps: NonNegativeInt = 3
     """Steps until the learning rate is at its peak."""
     weight_decay: NonNegativeFloat = 0.0
@@ -215,8 +217,11 @@ class GroupConfig(PluginConfig):
     """Leave truncated completions out of the loss."""
     overlong_buffer: NonNegativeInt = 0
     """Tokens before the limit in which the reward falls by up to 1; 0 is off."""
+    max_logp_gap: NonNegativeFloat = 0.1
+    """Nats a token by which the log-probabilities of sampler and trainer may differ on average, before the first update
+    of a step; beyond it the run stops. 0 is no limit."""
     groups_per_pass: PositiveInt = 8
-    """Groups in one forward and backward pass: lower it when memory is short."""
+    """Groups in one forward and backward pass at most; `policy.tokens_per_pass` limits them, too."""
     checkpoint_every: PositiveInt = 10
     """Steps between checkpoints."""
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from rerankkit import processes
 from rerankkit.cli import compare, doctor, plugins, run, sids, status
 from rerankkit.errors import RerankkitError
 
@@ -47,7 +48,8 @@ def main() -> None:
     try:
         app()
     except RerankkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        number, several = processes.launched()
+        print(f"{f'process {number}: ' if several > 1 else ''}error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `rerankkit ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

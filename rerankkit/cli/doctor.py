@@ -31,6 +31,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
         facts["torch threads"] = torch.get_num_threads()
         facts["bfloat16 in hardware"] = "avx512_bf16" in torch.__config__.show() or _cpu_has("avx512_bf16")
+        facts["processes"] = _processes()
+        facts["peft, for adapters"] = version_of("peft")
         facts["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -48,6 +50,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         print("\nall is well" if not problems else "")
     if problems:
         raise typer.Exit(1)
+
+
+def _processes() -> str:
+    """What accelerate sees: how many processes, of which kind, and where this one is."""
+    import torch
+    from accelerate import PartialState
+
+    from rerankkit import processes
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    seen = f"{state.num_processes} ({state.distributed_type.value}), this is {state.process_index} on {state.device}"
+    processes.leave()
+    return seen
 
 
 def _cpu_has(flag: str) -> bool:

@@ -60,10 +60,10 @@ def policy_size(policy: ScratchPolicy | PretrainedPolicy, num_codes: int) -> dic
                 "note": f"{policy.model}: its size is known once it is loaded",
             }
         hidden, layers = 768, 24
-    from rerankkit.stages.training import FORWARD_TOKENS
-
-    # float32 weights, gradients and two Adam moments; about 34 hidden-sized float32 activations a token and layer.
-    peak = 16 * parameters + 4 * 34 * hidden * layers * FORWARD_TOKENS + 1.5 * 2**30
+    # float32 weights, gradients and two Adam moments; about 34 hidden-sized float32 activations a token and layer, of
+    # which gradient checkpointing keeps one, and all of them of the layer at work.
+    kept = layers + 34 if policy.gradient_checkpointing else 34 * layers
+    peak = 16 * parameters + 4 * kept * hidden * policy.tokens_per_pass + 1.5 * 2**30
     return {"parameters": parameters, "peak_memory_gib": round(peak / 2**30, 2), "note": ""}
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from rerankkit.lm.adapters import adapted
 from rerankkit.lm.ask import ask
 from rerankkit.lm.checkpoint import load_checkpoint, save_checkpoint
 from rerankkit.lm.forward import TokenLogps, group_logps, packed_logps
 from rerankkit.lm.load import pretrained_policy, scratch_policy
+from rerankkit.lm.meter import Work, group_work, metered, needed_flops, sequence_work, spent_on
 from rerankkit.lm.permutation import AnswerMask, answer_mask
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.lm.score import score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
+from rerankkit.lm.shard import sharded
+from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
+from rerankkit.lm.update import accumulate, apply_gradients, passes
 
 __all__ = [
     "AnswerMask",
@@ -20,19 +25,31 @@ __all__ = [
     "SidTrie",
     "TokenLogps",
     "TrainSequence",
+    "Work",
+    "accumulate",
+    "adapted",
     "answer_mask",
+    "apply_gradients",
     "ask",
     "beam_sids",
     "build_trie",
     "document_sequence",
     "group_logps",
+    "group_work",
+    "judged_rollouts",
     "load_checkpoint",
+    "metered",
+    "needed_flops",
     "pack",
     "packed_logps",
+    "passes",
     "pretrained_policy",
     "roll_out",
     "save_checkpoint",
     "score_continuations",
     "scratch_policy",
+    "sequence_work",
+    "sharded",
+    "spent_on",
     "trace_sequence",
 ]

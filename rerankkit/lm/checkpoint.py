@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rerankkit import processes
 from rerankkit.errors import RunFolderError
 from rerankkit.lm.policy import Policy
+from rerankkit.lm.shard import like, whole
 
 DONE = "checkpoint-"
 ASIDE = ".aside-"
@@ -25,8 +27,14 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/checkpoint-N`, then drop older ones. Killed at any moment, the last complete one is still there.
 
+    Of several processes, whose policies are equal, only the main one writes; all must call it.
     `extra` is whatever else the loop needs, as JSON: counters, the sampler's place, a schedule's state.
     """
+    tensors, plain = _flatten(optimizer.state_dict())
+    weights = {name: whole(tensor) for name, tensor in _weights(policy).items()}
+    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+    if not processes.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{ASIDE}*"):
         shutil.rmtree(leftover)
@@ -34,8 +42,7 @@ def save_checkpoint(
     number = int(older[-1].name.removeprefix(DONE)) + 1 if older else 0
     aside = folder / f"{ASIDE}{number:08d}"
     aside.mkdir()
-    tensors, plain = _flatten(optimizer.state_dict())
-    save_file(_weights(policy), aside / "model.safetensors")
+    save_file(weights, aside / "model.safetensors")
     save_file(tensors, aside / "optimizer.safetensors")
     record = {"step": step, "optimizer": plain, "extra": dict(extra)}
     (aside / "state.json").write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
@@ -71,14 +78,24 @@ def load_checkpoint(
         )
     with torch.no_grad():
         for name, tensor in current.items():
-            tensor.copy_(saved[name])
-    optimizer.load_state_dict(_unflatten(load_file(found[-1] / "optimizer.safetensors"), record["optimizer"]))
+            tensor.copy_(like(saved[name], tensor))
+    state = _unflatten(load_file(found[-1] / "optimizer.safetensors"), record["optimizer"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state["state"].items():
+        state["state"][index] = {
+            name: like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for name, value in entries.items()
+        }
+    optimizer.load_state_dict(state)
     return int(record["step"]), record["extra"]
 
 
 def _weights(policy: Policy) -> dict[str, Tensor]:
-    """Every weight once: tied ones share memory, which safetensors refuses."""
+    """Every weight that is trained, once: tied ones share memory, which safetensors refuses."""
     named = dict(policy.model.named_parameters())
+    trained = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    if len(trained) < len(named):
+        return {name: tensor.detach() for name, tensor in trained.items()}
     shared = {tensor.data_ptr() for tensor in named.values()}
     buffers = {k: v for k, v in policy.model.state_dict().items() if k not in named and v.data_ptr() not in shared}
     return {name: tensor.detach() for name, tensor in (named | buffers).items()}

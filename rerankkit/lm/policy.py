@@ -171,6 +171,11 @@ class Policy:
         self.surface = surface
         self.codebook_sizes = tuple(codebook_sizes)
 
+    def checkpoint_gradients(self) -> None:
+        """Keep a layer's input alone in training, and compute what is in it again in the backward pass."""
+        renamed = getattr(self.model, "activation_checkpointing_enable", None)  # in transformers 5
+        (renamed or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+
     def save(self, folder: Path) -> None:
         """Write a standard Hugging Face folder (safetensors) that plain transformers and vLLM load, and a sidecar."""
         folder.mkdir(parents=True, exist_ok=True)

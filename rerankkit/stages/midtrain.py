@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rerankkit.config import Midtrain, PretrainedPolicy, ScratchPolicy
 from rerankkit.errors import RunFailed
-from rerankkit.stages.training import train
+from rerankkit.stages.training import adapting, train
 from rerankkit.text.prompts import (
     Document,
     PromptStyle,
@@ -58,7 +58,8 @@ def midtrain(
     def batch(step: int) -> list[TrainSequence]:
         return draw.batch(random.Random(f"{info.seed} midtrain {step}"), config.tokens_per_step)
 
-    train(policy, batch, config.steps, config, info, what="mid-training")
+    with adapting(policy, base.lora if isinstance(base, PretrainedPolicy) else None, info):
+        train(policy, batch, config.steps, config, info, what="mid-training")
     return policy
 
 
@@ -88,6 +89,8 @@ def open_policy(
             device=info.device,
         )
     policy.style = style
+    if base.gradient_checkpointing:
+        policy.checkpoint_gradients()
     return policy
 
 

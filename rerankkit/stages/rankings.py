@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rerankkit import processes
 from rerankkit.config import Evaluate
 from rerankkit.types import Parse, Ranking, RerankExample, RunInfo
 
@@ -72,14 +73,18 @@ def rank_users(
     """
     examples = lists.examples(sids.attach(dataset.items), "test", only_with_target=True)
     rank = generate if how == "generate" else score
-    rankings: dict[str, Ranking] = {}
-    reasoning: dict[str, str] = {}
-    starts = range(0, len(examples), config.batch_size)
-    for start in info.progress(starts, total=len(starts), what="ranking test users"):
-        batch = examples[start : start + config.batch_size]
-        for example, (ranking, said) in zip(batch, rank(policy, batch, config, info), strict=True):
-            rankings[example.example_id] = ranking
-            reasoning[example.example_id] = said
+    own = processes.share(examples)
+
+    def answer() -> list[tuple[tuple[int, ...], str, str, str]]:
+        starts = range(0, len(own), config.batch_size)
+        answers = []
+        for start in info.progress(starts, total=len(starts), what="ranking test users"):
+            answers += rank(policy, own[start : start + config.batch_size], config, info)
+        return [(r.order, str(r.parse), r.problem, said) for r, said in answers]
+
+    answers = dict(zip((e.example_id for e in examples), processes.gathered(answer), strict=True))
+    rankings = {name: Ranking(tuple(order), Parse(parse), why) for name, (order, parse, why, _) in answers.items()}
+    reasoning = {name: said for name, (_, _, _, said) in answers.items()}
     return Rankings(rankings, reasoning)
 
 

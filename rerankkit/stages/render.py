@@ -271,16 +271,28 @@ def _by_stage(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[st
     return {stage: [steps[step] for step in sorted(steps)] for stage, steps in found.items()}
 
 
-def _cost(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, str]]:
-    """(stage, steps, time, median tokens a second) of the stages that logged either."""
+def _cost(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, str, str]]:
+    """(stage, steps, time, median tokens a second, what the time went to) of the stages that logged time or speed."""
     rows = []
     for stage, records in _by_stage(metrics).items():
         seconds = [r["step_time"] for r in records if _is_number(r.get("step_time"))]
         speed = [r["tokens_per_second"] for r in records if _is_number(r.get("tokens_per_second"))]
         if seconds or speed:
             minutes = f"{sum(seconds) / 60:,.1f} min" if seconds else ""
-            rows.append((stage, len(records), minutes, f"{statistics.median(speed):,.0f}" if speed else ""))
+            median = f"{statistics.median(speed):,.0f}" if speed else ""
+            rows.append((stage, len(records), minutes, median, _breakdown(records)))
     return rows
+
+
+def _breakdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """`backward 55%, forward 40%, other 5%`: shares of the logged `time/*`, largest first; below 1% is left out."""
+    spent: dict[str, float] = {}
+    for key, value in (pair for record in records for pair in record.items()):
+        if key.startswith("time/") and _is_number(value):
+            spent[key.removeprefix("time/")] = spent.get(key.removeprefix("time/"), 0.0) + value
+    total = sum(spent.values())
+    shares = sorted(((seconds / total, what) for what, seconds in spent.items() if total), reverse=True)
+    return ", ".join(f"{what} {percent(share)}" for share, what in shares if share >= 0.01)
 
 
 def _metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

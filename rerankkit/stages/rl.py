@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rerankkit import processes
+from rerankkit.config import Lora
 from rerankkit.errors import RunFailed
 from rerankkit.protocols import PolicyOptimizer, RewardFn
 from rerankkit.stages.rewards import combine
+from rerankkit.stages.training import adapting
 from rerankkit.types import Reward, RunInfo, StepReport
 
 if TYPE_CHECKING:
@@ -27,13 +30,15 @@ def reinforce(
     sids: SidMap,
     lists: CandidateLists,
     policy: Policy,
+    lora: Lora | None = None,
     *,
     info: RunInfo,
     watch: Callable[[StepReport], None] = lambda report: None,
 ) -> Policy:
     """Run the optimizer over the training lists that hold their target; every step goes to `watch`.
 
-    `rewards` are (weight, name, reward); the optimizer sees their weighted sum.
+    `rewards` are (weight, name, reward); the optimizer sees their weighted sum. Every process runs the whole loop: an
+    optimizer that does not share its work does the same steps in each.
     """
     examples = lists.examples(sids.attach(dataset.items), "train", only_with_target=True)
     if not examples:
@@ -41,9 +46,10 @@ def reinforce(
             "optimizer: no training list holds its target; raise candidates.size or candidates.earlier_steps, or "
             "choose another pre-ranker."
         )
-    for report in optimizer.optimize(policy, examples, combine(rewards), info):
-        info.log({"step": report.step, **report.metrics})
-        watch(report)
+    with adapting(policy, lora, info):
+        for report in optimizer.optimize(policy, examples, combine(rewards), info):
+            info.log({"step": report.step, **report.metrics})
+            watch(report)
     return policy
 
 
@@ -77,9 +83,11 @@ def save_completions(folder: Path, report: StepReport) -> None:
 
 
 def watching(reinforce: Callable[..., Policy], folder: RunFolder) -> Callable[..., Policy]:
-    """`reinforce`, with each step's rollouts saved in the run folder and the plugins' hooks told."""
+    """`reinforce`; the main process also saves each step's rollouts in the run folder and tells the plugins' hooks."""
 
     def watch(report: StepReport) -> None:
+        if not processes.is_main():
+            return
         save_completions(folder.path / "completions", report)
         if folder.hooks is not None:
             folder.hooks.rerankkit_step(stage="rl", report=report)

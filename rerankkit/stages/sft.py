@@ -6,8 +6,8 @@ import math
 import random
 from typing import TYPE_CHECKING
 
-from rerankkit.config import Sft
-from rerankkit.stages.training import train
+from rerankkit.config import Lora, Sft
+from rerankkit.stages.training import adapting, train
 from rerankkit.text.prompts import answer_parts, rerank_messages
 from rerankkit.types import RunInfo
 
@@ -26,6 +26,7 @@ def fine_tune(
     lists: CandidateLists,
     traces: Traces,
     policy: Policy,
+    lora: Lora | None = None,
     *,
     info: RunInfo,
 ) -> Policy:
@@ -60,5 +61,6 @@ def fine_tune(
         return [sequences[i] for i in order[place * per_step : (place + 1) * per_step]]
 
     steps = steps_per_epoch * config.epochs
-    train(policy, batch, steps, config, info, what="fine-tuning")
+    with adapting(policy, lora, info):
+        train(policy, batch, steps, config, info, what="fine-tuning")
     return policy

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rerankkit.errors import DataError
-from rerankkit.stages.render import learning_curves, render_html, render_markdown
+from rerankkit.stages.render import _cost, learning_curves, render_html, render_markdown
 from rerankkit.stages.report import (
     build_report,
     choose_examples,
@@ -365,3 +365,13 @@ def test_the_headline_does_not_hide_lost_answers_or_a_handful_of_users() -> None
     examples = [example(row, 0) for row in range(20)]
     enough = summarise(examples, {"rl": [GIVEN] * 20}, num_users=20, seed=0, samples=200)
     assert "test users" not in enough["headline"]
+
+
+def test_the_cost_table_says_what_the_time_went_to() -> None:
+    records = [
+        {"stage": "rl", "step": 1, "step_time": 60.0, "time/rollout": 39.8, "time/reward": 0.2, "time/forward": 20.0},
+        {"stage": "rl", "step": 2, "step_time": 40.0, "time/rollout": 10.0, "time/forward": 30.0},
+        {"stage": "sft", "step": 1, "tokens_per_second": 1234.5},
+    ]
+    # rollout 49.8 of 100, forward 50, reward 0.2: too little to name
+    assert _cost(records) == [("rl", 2, "1.7 min", "", "forward 50%, rollout 50%"), ("sft", 1, "", "1,234", "")]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rerankkit.errors import RunFailed
-from rerankkit.lm import Policy, scratch_policy
+from rerankkit.lm import Policy, group_logps, scratch_policy
 from rerankkit.plugins import load_plugins
 from rerankkit.text.prompts import PromptStyle
 from rerankkit.types import (
@@ -123,6 +123,35 @@ def test_free_answers_are_learnt_from_too(policy: Policy, base: Policy) -> None:
     [report] = steps(policy, every_second, steps=1, constrain=False, overlong_filtering=False)
     assert not same(weights(policy), weights(base))
     assert report.metrics["logp_gap"] < 1e-4 and report.metrics["invalid_rate"] == 1.0
+
+
+def test_the_time_of_a_step_is_told_in_parts(policy: Policy) -> None:
+    [metrics] = [report.metrics for report in steps(policy, first_is_target, steps=1)]
+    parts = {key.removeprefix("time/"): value for key, value in metrics.items() if key.startswith("time/")}
+    assert {"rollout", "reward", "forward", "backward", "optimizer", "other"} <= set(parts)
+    assert sum(parts.values()) == pytest.approx(metrics["step_time"]) and all(value > 0 for value in parts.values())
+    assert metrics["tokens_per_second"] > 0 and metrics["tflops"] > 0
+
+
+def test_a_gap_between_sampler_and_trainer_stops_the_run(
+    policy: Policy, base: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer whose log-probabilities are off by 1/4: the first update is not made."""
+    import rerankkit_gr2.dapo as module
+
+    def off(*arguments: Any, **settings: Any) -> Any:
+        tokens = group_logps(*arguments, **settings)
+        return replace(tokens, logps=tokens.logps - 0.25)
+
+    monkeypatch.setattr(module, "group_logps", off)
+    words = r"first update of step 1.* differ by 0\.25 nats a token on average \(0\.25 at most\), more than 0\.2\. "
+    with pytest.raises(RunFailed, match=words + "Set policy.precision to float32, or raise optimizer.max_logp_gap"):
+        steps(policy, first_is_target, max_logp_gap=0.2)
+    assert same(weights(policy), weights(base))
+    # with a nucleus of 0.9 the sampler's may be larger by log(1 / 0.9) = 0.105, and 0 is no limit
+    for free in ({"max_logp_gap": 0.3, "top_p": 0.9}, {"max_logp_gap": 0.0}):
+        [report] = steps(policy, first_is_target, steps=1, **free)
+        assert report.metrics["logp_gap"] > 0.2 and report.metrics["logp_gap_max"] >= report.metrics["logp_gap"]
 
 
 def test_it_learns_what_is_rewarded(policy: Policy) -> None:
