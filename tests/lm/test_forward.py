@@ -8,13 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from rerankkit.errors import UsageError
 from rerankkit.lm import Policy, TrainSequence, group_logps, packed_logps, roll_out
-from rerankkit.lm.forward import block_mask
 
 
 def ids(draw: random.Random, length: int) -> list[int]:
@@ -145,28 +142,3 @@ def test_sequences_longer_than_the_model_are_refused(make) -> None:
         packed_logps(policy, [[TrainSequence((1,) * 9, (1.0,) * 9)]])
     with pytest.raises(UsageError, match="a sequence of 9 tokens"):
         roll_out(policy, [[1] * 5], 1, max_new_tokens=4, temperature=1.0, seeds=[0])
-
-
-def test_the_mask_by_hand() -> None:
-    # prompt of 2 (block 0), completions of 2 (block 2) and 1 (block 4), one place of padding (block -1)
-    keep = block_mask(torch.tensor([[0, 0, 2, 2, 4, -1]]), torch.tensor([[0, 0, 2, 2, 2, 0]]))
-    assert keep[0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-
-
-@given(st.integers(1, 4), st.lists(st.integers(0, 4), max_size=4))
-@settings(deadline=None)
-def test_the_mask_against_brute_force(prefix: int, lengths: list[int]) -> None:
-    owner = [-1] * prefix + [g for g, n in enumerate(lengths) for _ in range(n)]
-    starts = [0] * prefix + [prefix + sum(lengths[:g]) for g, n in enumerate(lengths) for _ in range(n)]
-    prefixes = [0] * prefix + [prefix] * sum(lengths)
-    keep = block_mask(torch.tensor([starts]), torch.tensor([prefixes]))[0]
-    for q in range(len(owner)):
-        for k in range(len(owner)):
-            assert bool(keep[q, k]) == (k <= q and owner[k] in (-1, owner[q]))
