@@ -9,7 +9,7 @@ from rerankkit.lm.load import pretrained_policy, scratch_policy
 from rerankkit.lm.permutation import AnswerMask, answer_mask
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
-from rerankkit.lm.score import score_continuations
+from rerankkit.lm.score import score_candidates, score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
 
@@ -32,6 +32,7 @@ __all__ = [
     "pretrained_policy",
     "roll_out",
     "save_checkpoint",
+    "score_candidates",
     "score_continuations",
     "scratch_policy",
     "trace_sequence",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,24 +64,25 @@ def packed_logps(
     Sequences of a row do not see one another and each counts its positions from 0, so the result is that of running
     them one by one. Make rows with `pack`. Sequences are numbered row by row.
     """
-    made: list[_Row] = []
+    made: list[Row] = []
     targets: list[int] = []
     weights: list[float] = []
     owners: list[int] = []
     number = 0
     for row in rows:
-        made.append(_Row())
+        made.append(Row())
         for sequence in row:
             policy.check_length(len(sequence))
             wanted = [place for place in range(1, len(sequence)) if sequence.weights[place] != 0]
             # what comes after the last place that is read is seen by nobody
-            start = made[-1].add(sequence.token_ids[: wanted[-1] if wanted else 0], 0)
+            fed = sequence.token_ids[: wanted[-1] if wanted else 0]
+            start = made[-1].add(fed, range(len(fed)))
             made[-1].reads += [start + place - 1 for place in wanted]
             targets += [sequence.token_ids[place] for place in wanted]
             weights += [sequence.weights[place] for place in wanted]
             owners += [number] * len(wanted)
             number += 1
-    return _run(policy, made, targets, weights, owners, number, temperature, entropies, autocast, chunk)
+    return row_logps(policy, made, targets, weights, owners, number, temperature, entropies, autocast, chunk)
 
 
 def group_logps(
@@ -107,7 +108,7 @@ def group_logps(
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but completions for {len(completions)}")
-    made: list[_Row] = []
+    made: list[Row] = []
     targets: list[int] = []
     owners: list[int] = []
     options: list[Allowed] = []
@@ -125,12 +126,14 @@ def group_logps(
         # the last token to choose is only predicted, never read; nor what it forces
         fed = [completion[: _last_choice(some)] for completion, some in zip(group, seen, strict=True)]
         common = _common_start([list(tokens) for tokens in fed if tokens])
-        row = _Row()
+        row = Row()
         policy.check_length(len(prompt) + max(map(len, fed), default=0))
-        row.add([*prompt, *common], 0)
-        shared = (0, len(prompt) + len(common))
+        start = len(prompt) + len(common)
+        shared = (0, start)
+        row.add([*prompt, *common], range(start))
         for completion, some, tokens in zip(group, seen, fed, strict=True):
-            start = row.add(tokens[len(common) :], shared[1], shared)
+            own = tokens[len(common) :]
+            start = row.add(own, range(shared[1], shared[1] + len(own)), shared)
             places = [*range(len(prompt) - 1, shared[1]), *range(start, len(row.token_ids))]
             row.reads += (places[: len(tokens) + 1] + [0] * len(completion))[: len(completion)]  # forced: never read
             targets += completion
@@ -139,7 +142,7 @@ def group_logps(
             number += 1
         made.append(row)
     weights = [0.0 if option is not None and len(option) == 1 else 1.0 for option in options]
-    return _run(policy, made, targets, weights, owners, number, temperature, entropies, autocast, chunk, options)
+    return row_logps(policy, made, targets, weights, owners, number, temperature, entropies, autocast, chunk, options)
 
 
 _ANY: tuple[int, ...] = ()
@@ -257,7 +260,7 @@ def casting(device: torch.device, autocast: torch.dtype | None) -> AbstractConte
 
 
 @dataclass(slots=True)
-class _Row:
+class Row:
     """One row to be."""
 
     token_ids: list[int] = field(default_factory=list)
@@ -266,29 +269,36 @@ class _Row:
     reads: list[int] = field(default_factory=list)
     """Places whose hidden state predicts a target, in order of the targets."""
 
-    def add(self, token_ids: Sequence[int], position: int, shared: tuple[int, int] = (0, 0)) -> int:
-        """Append a part whose first token is at `position`; returns the place where it begins."""
+    def add(
+        self,
+        token_ids: Sequence[int],
+        position_ids: Iterable[int],
+        shared: tuple[int, int] = (0, 0),
+        mask: Tensor | None = None,
+    ) -> int:
+        """Append a part of as many positions as tokens, see `Part`; returns the place where it begins."""
         start = len(self.token_ids)
         if token_ids:
             self.token_ids += token_ids
-            self.position_ids += range(position, position + len(token_ids))
-            self.parts.append(Part(start, len(self.token_ids), shared))
+            self.position_ids += position_ids
+            self.parts.append(Part(start, len(self.token_ids), shared, mask))
         return start
 
 
-def _run(
+def row_logps(
     policy: Policy,
-    rows: Sequence[_Row],
+    rows: Sequence[Row],
     targets: Sequence[int],
     weights: Sequence[float],
     owners: Sequence[int],
     num_sequences: int,
-    temperature: float,
-    entropies: bool,
-    autocast: torch.dtype | None,
-    chunk: int,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    autocast: torch.dtype | None = None,
+    chunk: int = CHUNK,
     options: Sequence[Allowed] | None = None,
 ) -> TokenLogps:
+    """What the public functions of this module share: a target, weight and owner for each place that the rows read."""
     device = policy.device
     target_ids = torch.tensor(targets, dtype=torch.long, device=device)
     weight = torch.tensor(weights, dtype=torch.float32, device=device)
@@ -305,7 +315,7 @@ def _run(
     return TokenLogps(logps, weight, owner, num_sequences, spread)
 
 
-def _hidden(policy: Policy, rows: Sequence[_Row], autocast: torch.dtype | None) -> Tensor:
+def _hidden(policy: Policy, rows: Sequence[Row], autocast: torch.dtype | None) -> Tensor:
     """Hidden states [K, H] at the places that the rows read, row after row."""
     device = policy.device
     shares = takes_layouts(policy)
