@@ -45,7 +45,8 @@ def score_candidates(
 
     `aggregate` is the mean of the probabilities, in logs (log-mean-exp), or the largest. Every prompt is read once,
     every reasoning once, and so is every beginning that candidates have in common: they are a trie, and one forward
-    pass scores all of it. `max_rows` prompts run at once. An empty candidate scores 0. Raises ValueError for an empty prompt
+    pass scores all of it. `max_rows` prompts run at once. An empty candidate scores 0. Raises ValueError for an empty
+    prompt
     or for no reasoning (an empty one is none at all: `[[]]`).
     """
     if not all(prompts) or not all(reasonings):
