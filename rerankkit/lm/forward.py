@@ -20,6 +20,9 @@ from rerankkit.lm.sequences import TrainSequence
 CHUNK = 256
 """Positions whose logits exist at once: few enough that with a small vocabulary they stay in a CPU's cache."""
 
+KEPT_LOGITS = 2**24
+"""More logits than these are not kept for the backward pass but computed again: 64 MiB in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogps:
@@ -204,12 +207,13 @@ def token_logps(
     barred: Tensor | None = None,
     narrow: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log P(target) at `temperature` from hidden states [K, H] and ids [K]; the [K, V] logits never exist at once.
+    """log P(target) at `temperature` from hidden states [K, H] and ids [K]; more than KEPT_LOGITS never exist at once.
 
     `barred` [V] bool takes ids out of the distribution. `narrow` leaves only the ids of a table [K, W] in it, as far
     as its mask [K, W] says that they are real; targets are then columns of the table.
     """
-    many = len(hidden) > chunk and torch.is_grad_enabled()
+    width = policy.model.get_output_embeddings().weight.shape[0]
+    many = len(hidden) > chunk and len(hidden) * width > KEPT_LOGITS and torch.is_grad_enabled()
 
     def part(states: Tensor, ids: Tensor, *among: Tensor) -> tuple[Tensor, Tensor]:
         scores = policy.logits(states).float()

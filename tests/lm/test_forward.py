@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 from rerankkit.errors import UsageError
-from rerankkit.lm import Policy, TrainSequence, group_logps, packed_logps, roll_out
+from rerankkit.lm import Policy, TrainSequence, forward, group_logps, packed_logps, roll_out
 
 
 def ids(draw: random.Random, length: int) -> list[int]:
@@ -84,6 +85,41 @@ def test_a_shared_prompt_equals_repeated_prompts(make, shape, temperature: float
     assert torch.allclose(*slopes, atol=1e-3 * float(slopes[0].abs().max()))
 
 
+def test_what_completions_begin_with_alike_is_read_once(make, shape) -> None:
+    policy = make(**shape)
+    prompts = [[5, 6, 7], [8, 9]]
+    # all of it; a part, one stops inside the fourth's beginning; nothing, beside one without tokens
+    groups = [[[1, 2, 3, 4], [1, 2, 3, 4]], [[1, 2, 3, 9], [1, 2, 3], [1, 2, 7, 7, 7], [1]]]
+    groups, prompts = [*groups, [[3, 4], [], [4, 4]]], [*prompts, [1]]
+    with counting(policy) as seen:
+        shared = group_logps(policy, prompts, groups).logps
+    # 3 + 3 | 2 + 1 2 + (3, none of 1 2's own, 7 7) | 1 + 3 + 4; the last token of each is predicted, never read
+    assert seen == [3 + 3 + 2 + 2 + 1 + 2 + 1 + 1 + 1]
+    repeated = [
+        plain(policy, p + c)[len(p) - 1 :] for p, group in zip(prompts, groups, strict=True) for c in group if c
+    ]
+    assert torch.allclose(shared, torch.cat(repeated), atol=1e-5)
+
+
+def test_what_nobody_reads_is_not_run(tiny) -> None:
+    sequences = [TrainSequence((1, 2, 3, 4, 5), (0.0, 0.0, 1.0, 0.0, 0.0)), TrainSequence((1, 2, 3), (0.0,) * 3)]
+    with counting(tiny) as seen:
+        logps = packed_logps(tiny, [sequences]).logps
+    assert seen == [2]  # tokens 1 and 2, which predict 3
+    assert torch.allclose(logps, plain(tiny, [1, 2, 3])[1:], atol=1e-5)
+
+
+@contextmanager
+def counting(policy: Policy) -> Iterator[list[int]]:
+    """Tokens of every forward pass."""
+    assert group_logps(policy, [[1]], [[[2]]]).num_sequences == 1  # the first pass tries the architecture
+    seen: list[int] = []
+    table = policy.model.get_input_embeddings()
+    hook = table.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    yield seen
+    hook.remove()
+
+
 def test_results_are_numbered_and_can_be_padded(tiny) -> None:
     result = group_logps(tiny, [[5, 6], [7]], [[[1, 2], []], [[3]]])
     assert result.sequence_ids.tolist() == [0, 0, 2] and result.num_sequences == 3
@@ -102,7 +138,9 @@ def test_entropies_are_those_of_the_whole_distribution(tiny) -> None:
     assert 0 < float(expected[0]) < math.log(logps.shape[-1])
 
 
-def test_chunks_do_not_change_logps_or_gradients(tiny) -> None:
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_chunks_do_not_change_logps_or_gradients(tiny, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "KEPT_LOGITS", kept)
     prompts, groups = [[5, 6, 7]], [[[1, 2, 3], [4, 5]]]
     whole = gradient(tiny, lambda: group_logps(tiny, prompts, groups).logps.sum())
     parts = gradient(tiny, lambda: group_logps(tiny, prompts, groups, chunk=2).logps.sum())
