@@ -150,17 +150,23 @@ class _TwoPart(torch.autograd.Function):
         q, k, v = _by_kv_head(query, key, value)
         heads, times, places, size = q.shape
         grad = grad.reshape(places, heads, times, size).permute(1, 2, 0, 3)
-        grads = [torch.zeros(places, *shape, device=q.device) for shape in ((heads, times, size), *[(heads, size)] * 2)]
-        grad_q, grad_k, grad_v = grads[0].permute(1, 2, 0, 3), grads[1].transpose(0, 1), grads[2].transpose(0, 1)
+        shapes = (heads, times, size), (heads, size), (heads, size)
+        grad_q, grad_k, grad_v = (torch.empty(places, *shape, device=q.device).movedim(0, -2) for shape in shapes)
         for start, stop, first, last, mask in _pieces(ctx.layout, q):
             own, seen = slice(start, stop), slice(first, last)
             some_q, some_k, some_v = _CPU._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad[:, :, own], q[:, :, own], k[:, :, seen], v[:, :, seen], out[:, :, own], total[:, :, own],
                 0.0, mask is None and start == first, attn_mask=mask, scale=ctx.scale,
             )  # fmt: skip
-            grad_q[:, :, own] += some_q
-            grad_k[:, seen] += some_k.sum(1)
-            grad_v[:, seen] += some_v.sum(1)
+            for whole, part in (
+                (grad_q[:, :, own], some_q),
+                (grad_k[:, seen], some_k.sum(1)),
+                (grad_v[:, seen], some_v.sum(1)),
+            ):
+                if start == first:  # parts come first and cover every place
+                    whole.copy_(part)
+                else:
+                    whole.add_(part)
         return (
             grad_q.flatten(0, 1)[None].to(query.dtype),
             grad_k[None].to(key.dtype),
