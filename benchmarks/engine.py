@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="examples in an sft step")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1, help="runs that do not count")
     parser.add_argument("--sides", help="comma-separated; default: all")
     parser.add_argument("--vllm", help="an interpreter that has vLLM")
     parser.add_argument("--json", type=Path, help="append the results to this file, a line a side")
@@ -60,13 +61,13 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, names: list[str]) -> None:
-    """One warm-up and then `runs` runs of each side in turn."""
+    """Some runs that do not count and then `runs` that do, of each side in turn."""
     sides = {name: start(options, name) for name in names}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(options.runs + 1):
+    for number in range(options.warmup + options.runs):
         for name, side in sides.items():
             result = ask(side)
-            if number:
+            if number >= options.warmup:
                 runs[name].append(result)
                 print(f"{name:12s} wall {result['wall']:8.2f} s  cpu {result['cpu']:8.2f} s", flush=True)
     ours = {key: statistics.median(run[key] for run in runs[names[0]]) for key in ("wall", "cpu", "memory")}
@@ -487,7 +488,7 @@ def trainer_settings(options: argparse.Namespace) -> dict[str, Any]:
     """One process on the CPU, nothing recomputed, nothing saved."""
     return {
         "output_dir": str(options.folder / options.side), "report_to": [], "use_cpu": True, "logging_steps": 1,
-        "bf16": options.precision == "bfloat16", "max_steps": options.runs + 1, "save_strategy": "no",
+        "bf16": options.precision == "bfloat16", "max_steps": options.warmup + options.runs, "save_strategy": "no",
         "disable_tqdm": True, "learning_rate": 1e-5, "gradient_checkpointing": False,
     }  # fmt: skip
 

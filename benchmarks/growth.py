@@ -1,7 +1,7 @@
 """How a step grows with the group, the prompt and the vocabulary: python benchmarks/growth.py docs/growth.svg
 
-One prompt, random weights (8.9M outside the embeddings), float32, one thread. Shared: `roll_out`, then `group_logps` and
-its backward pass. Repeated: the same, told G prompts that happen to be equal. CPU seconds, medians of alternating runs.
+One prompt, random weights (8.9M outside the embeddings), float32, one thread. Shared: `roll_out`, `group_logps` and its
+backward pass. Repeated: the same, told G prompts that happen to be equal. CPU seconds, medians of alternating runs.
 """
 
 from __future__ import annotations

@@ -266,3 +266,11 @@ def lowered(policy: Policy, dtype: torch.dtype | None) -> Iterator[None]:
         hook.remove()
         for parameter, data in zip(changed, before, strict=True):
             parameter.data = data
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether decoding in bfloat16 is faster: on a CPU, only if it multiplies bfloat16 in hardware (AMX, AVX-512)."""
+    if device.type != "cpu":
+        return True
+    able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))

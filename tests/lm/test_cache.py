@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rerankkit.lm import Policy, group_logps, roll_out
 from rerankkit.lm import cache as cache_module
-from rerankkit.lm.cache import Branches, Prefill, lowered
+from rerankkit.lm.cache import Branches, Prefill, bfloat16_pays, lowered
 
 
 def plain(policy: Policy, token_ids: list[int]) -> Tensor:
@@ -120,3 +120,13 @@ def test_the_gap_of_bfloat16_sampling_is_small_and_stated(make) -> None:
     again = group_logps(policy, prompts, [[s.token_ids for s in group] for group in groups]).logps.detach()
     gap = (again - torch.tensor([x for group in groups for s in group for x in s.logps])).abs()
     assert 0 < float(gap.mean()) < 0.02 and float(gap.max()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("able", "pays"),
+    [({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)],
+)
+def test_bfloat16_pays_where_the_processor_multiplies_it(able, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert bfloat16_pays(torch.device("cpu")) is pays
+    assert bfloat16_pays(torch.device("cuda"))
