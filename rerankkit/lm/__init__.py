@@ -11,7 +11,7 @@ from rerankkit.lm.meter import Work, group_work, metered, needed_flops, sequence
 from rerankkit.lm.permutation import AnswerMask, answer_mask
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
-from rerankkit.lm.score import score_continuations
+from rerankkit.lm.score import score_candidates, score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
 from rerankkit.lm.shard import sharded
 from rerankkit.lm.together import judged_rollouts
@@ -46,6 +46,7 @@ __all__ = [
     "pretrained_policy",
     "roll_out",
     "save_checkpoint",
+    "score_candidates",
     "score_continuations",
     "scratch_policy",
     "sequence_work",

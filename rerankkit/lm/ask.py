@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rerankkit.lm.cache import bfloat16_pays
 from rerankkit.lm.permutation import answer_mask
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
@@ -41,8 +42,7 @@ def ask(
         temperature=temperature,
         top_p=top_p,
         seeds=[seed_of(info.seed, salt, example.example_id) for example in examples],
-        # One token at a time is too little work for bfloat16 to pay on a CPU: it samples at half the speed.
-        autocast=torch.bfloat16 if info.precision == "bfloat16" and policy.device.type != "cpu" else None,
+        autocast=torch.bfloat16 if info.precision == "bfloat16" and bfloat16_pays(policy.device) else None,
         masks=[answer_mask(policy, example, max_new_tokens) for example in examples] if constrain else None,
     )
     return [

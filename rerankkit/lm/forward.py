@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from rerankkit.lm.attention import Layout, Part, run_decoder, takes_layouts
 from rerankkit.lm.permutation import Allowed, allowed_table, answer_pieces
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.sequences import TrainSequence
 
-CHUNK = 1024
-"""Positions whose logits exist at once."""
+CHUNK = 256
+"""Positions whose logits exist at once: few enough that with a small vocabulary they stay in a CPU's cache."""
+
+KEPT_LOGITS = 2**24
+"""More logits than these are not kept for the backward pass but computed again: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +67,25 @@ def packed_logps(
     Sequences of a row do not see one another and each counts its positions from 0, so the result is that of running
     them one by one. Make rows with `pack`. Sequences are numbered row by row.
     """
-    layouts: list[_Layout] = []
+    made: list[Row] = []
     targets: list[int] = []
     weights: list[float] = []
     owners: list[int] = []
     number = 0
     for row in rows:
-        layout = _Layout.empty()
+        made.append(Row())
         for sequence in row:
-            start = len(layout.token_ids)
-            layout.add(sequence.token_ids, range(len(sequence)), [start] * len(sequence), block=start, prefix=0)
-            for place in range(1, len(sequence)):
-                if sequence.weights[place] != 0:
-                    layout.reads.append(start + place - 1)
-                    targets.append(sequence.token_ids[place])
-                    weights.append(sequence.weights[place])
-                    owners.append(number)
+            policy.check_length(len(sequence))
+            wanted = [place for place in range(1, len(sequence)) if sequence.weights[place] != 0]
+            # what comes after the last place that is read is seen by nobody
+            fed = sequence.token_ids[: wanted[-1] if wanted else 0]
+            start = made[-1].add(fed, range(len(fed)))
+            made[-1].reads += [start + place - 1 for place in wanted]
+            targets += [sequence.token_ids[place] for place in wanted]
+            weights += [sequence.weights[place] for place in wanted]
+            owners += [number] * len(wanted)
             number += 1
-        layouts.append(layout)
-    return _run(policy, layouts, targets, weights, owners, number, temperature, entropies, autocast, chunk)
+    return row_logps(policy, made, targets, weights, owners, number, temperature, entropies, autocast, chunk)
 
 
 def group_logps(
@@ -97,7 +102,8 @@ def group_logps(
     """Log-probability of every completion token at `temperature`; the completions of a group share their prompt.
 
     `completions[p][g]` continues `prompts[p]`. One row a group: the prompt once, then every completion, which sees the
-    prompt and itself. Sequences are numbered group by group; all weights are 1. Raises ValueError for an empty prompt.
+    prompt and itself; what all of them begin with counts as prompt. Sequences are numbered group by group; all weights
+    are 1. Raises ValueError for an empty prompt.
 
     `allowed[p][g]` is what a mask allowed in place of each token of `completions[p][g]` (`Sample.allowed`), empty for
     one sampled without a mask. Logps and entropies are then those of the masked policy: a forced token has logp 0, no
@@ -105,7 +111,7 @@ def group_logps(
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but completions for {len(completions)}")
-    layouts: list[_Layout] = []
+    made: list[Row] = []
     targets: list[int] = []
     owners: list[int] = []
     options: list[Allowed] = []
@@ -113,31 +119,49 @@ def group_logps(
     for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
             raise ValueError("an empty prompt: nothing predicts the first token of its completions")
-        layout = _Layout.empty()
-        layout.add(prompt, range(len(prompt)), [0] * len(prompt), block=0, prefix=0)
-        for g, completion in enumerate(group):
-            seen = (allowed[p][g] if allowed is not None else ()) or [_ANY] * len(completion)
-            if len(seen) != len(completion):
-                raise ValueError(f"{len(completion)} tokens but {len(seen)} allowed, completion {g} of prompt {p}")
-            start = len(layout.token_ids)
-            last = max((i for i, option in enumerate(seen) if option is None or len(option) != 1), default=0)
-            fed = completion[:last]  # the last token to choose is only predicted, never read; nor what it forces
-            layout.add(
-                fed, range(len(prompt), len(prompt) + len(fed)), [start] * len(fed), block=start, prefix=len(prompt)
-            )
-            places = [len(prompt) - 1, *range(start, start + len(fed))]
-            layout.reads += (places + [0] * len(completion))[: len(completion)]  # nothing is read for forced tokens
+        seen = [
+            list((allowed[p][g] if allowed is not None else ()) or [_ANY] * len(completion))
+            for g, completion in enumerate(group)
+        ]
+        for g, (completion, some) in enumerate(zip(group, seen, strict=True)):
+            if len(some) != len(completion):
+                raise ValueError(f"{len(completion)} tokens but {len(some)} allowed, completion {g} of prompt {p}")
+        # the last token to choose is only predicted, never read; nor what it forces
+        fed = [completion[: _last_choice(some)] for completion, some in zip(group, seen, strict=True)]
+        common = _common_start([list(tokens) for tokens in fed if tokens])
+        row = Row()
+        policy.check_length(len(prompt) + max(map(len, fed), default=0))
+        start = len(prompt) + len(common)
+        shared = (0, start)
+        row.add([*prompt, *common], range(start))
+        for completion, some, tokens in zip(group, seen, fed, strict=True):
+            own = tokens[len(common) :]
+            start = row.add(own, range(shared[1], shared[1] + len(own)), shared)
+            places = [*range(len(prompt) - 1, shared[1]), *range(start, len(row.token_ids))]
+            row.reads += (places[: len(tokens) + 1] + [0] * len(completion))[: len(completion)]  # forced: never read
             targets += completion
             owners += [number] * len(completion)
-            options += seen
+            options += some
             number += 1
-        layouts.append(layout)
+        made.append(row)
     weights = [0.0 if option is not None and len(option) == 1 else 1.0 for option in options]
-    return _run(policy, layouts, targets, weights, owners, number, temperature, entropies, autocast, chunk, options)
+    return row_logps(policy, made, targets, weights, owners, number, temperature, entropies, autocast, chunk, options)
 
 
 _ANY: tuple[int, ...] = ()
 """Stands for the whole vocabulary: no mask."""
+
+
+def _common_start(lists: Sequence[list[int]]) -> list[int]:
+    """The longest list that all of `lists` begin with; none if there are none."""
+    if not lists:
+        return []
+    low, high = min(lists), max(lists)  # in the order of a dictionary the outermost two differ first
+    return low[: next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))]
+
+
+def _last_choice(allowed: Sequence[Allowed]) -> int:
+    return max((i for i, option in enumerate(allowed) if option is None or len(option) != 1), default=0)
 
 
 def _masked_logps(
@@ -183,26 +207,22 @@ def token_logps(
     barred: Tensor | None = None,
     narrow: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log P(target) at `temperature` from hidden states [K, H] and ids [K]; the [K, V] logits never exist at once.
+    """log P(target) at `temperature` from hidden states [K, H] and ids [K]; more than KEPT_LOGITS never exist at once.
 
     `barred` [V] bool takes ids out of the distribution. `narrow` leaves only the ids of a table [K, W] in it, as far
     as its mask [K, W] says that they are real; targets are then columns of the table.
     """
-    many = len(hidden) > chunk and torch.is_grad_enabled()
+    width = policy.model.get_output_embeddings().weight.shape[0]
+    many = len(hidden) > chunk and len(hidden) * width > KEPT_LOGITS and torch.is_grad_enabled()
 
     def part(states: Tensor, ids: Tensor, *among: Tensor) -> tuple[Tensor, Tensor]:
-        logits = policy.logits(states).float() / temperature
+        scores = policy.logits(states).float()
         if barred is not None:
-            logits = logits.masked_fill(barred, _FAR)
+            scores = scores.masked_fill(barred, _FAR)
         if among:
-            logits = logits.gather(-1, among[0]).masked_fill(~among[1], _FAR)
-        total = logits.logsumexp(-1)
-        logps = logits.gather(-1, ids[:, None])[:, 0] - total
-        if not entropies:
-            return logps, logps.detach()
-        with torch.no_grad():
-            spread = total - ((logits - total[:, None]).exp() * logits).sum(-1)
-        return logps, spread
+            scores = scores.gather(-1, among[0]).masked_fill(~among[1], _FAR)
+        chosen: tuple[Tensor, Tensor] = _Chosen.apply(scores, ids, temperature, entropies)  # type: ignore[no-untyped-call]
+        return chosen
 
     parts = []
     for inputs in zip(*(torch.split(x, chunk) for x in (hidden, target_ids, *(narrow or ()))), strict=True):
@@ -210,6 +230,28 @@ def token_logps(
         parts.append(checkpoint(part, *inputs, use_reentrant=False) if many else part(*inputs))
     logps = torch.cat([p[0] for p in parts])
     return logps, torch.cat([p[1] for p in parts]) if entropies else None
+
+
+class _Chosen(torch.autograd.Function):
+    """log_softmax(scores / temperature) at one id a row, and entropies; [K, V] and [K] to [K] and [K]."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, ids: Tensor, temperature: float, entropies: bool) -> tuple[Tensor, Tensor]:
+        logps = (scores if temperature == 1 else scores / temperature).log_softmax(-1)
+        chosen = logps.gather(-1, ids[:, None])[:, 0]
+        spread = -(logps.exp() * logps).sum(-1) if entropies else torch.zeros_like(chosen)
+        ctx.save_for_backward(logps, ids)
+        ctx.mark_non_differentiable(spread)
+        ctx.temperature = temperature
+        return chosen, spread
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        logps, ids = ctx.saved_tensors
+        scale = (grad / ctx.temperature)[:, None]
+        slopes = logps.exp().mul_(-scale)
+        return slopes.scatter_add_(-1, ids[:, None], scale), None, None, None
 
 
 _FAR = -1e30
@@ -222,42 +264,45 @@ def casting(device: torch.device, autocast: torch.dtype | None) -> AbstractConte
 
 
 @dataclass(slots=True)
-class _Layout:
-    """One row to be. A token sees its own block up to itself, and the row's first `prefix` tokens."""
+class Row:
+    """One row to be."""
 
-    token_ids: list[int]
-    position_ids: list[int]
-    blocks: list[int]
-    prefixes: list[int]
-    reads: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
     """Places whose hidden state predicts a target, in order of the targets."""
 
-    @classmethod
-    def empty(cls) -> _Layout:
-        return cls([], [], [], [], [])
-
     def add(
-        self, token_ids: Sequence[int], position_ids: Sequence[int], blocks: Sequence[int], *, block: int, prefix: int
-    ) -> None:
-        self.token_ids += token_ids
-        self.position_ids += position_ids
-        self.blocks += [block] * len(token_ids)
-        self.prefixes += [prefix] * len(token_ids)
+        self,
+        token_ids: Sequence[int],
+        position_ids: Iterable[int],
+        shared: tuple[int, int] = (0, 0),
+        mask: Tensor | None = None,
+    ) -> int:
+        """Append a part of as many positions as tokens, see `Part`; returns the place where it begins."""
+        start = len(self.token_ids)
+        if token_ids:
+            self.token_ids += token_ids
+            self.position_ids += position_ids
+            self.parts.append(Part(start, len(self.token_ids), shared, mask))
+        return start
 
 
-def _run(
+def row_logps(
     policy: Policy,
-    layouts: Sequence[_Layout],
+    rows: Sequence[Row],
     targets: Sequence[int],
     weights: Sequence[float],
     owners: Sequence[int],
     num_sequences: int,
-    temperature: float,
-    entropies: bool,
-    autocast: torch.dtype | None,
-    chunk: int,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    autocast: torch.dtype | None = None,
+    chunk: int = CHUNK,
     options: Sequence[Allowed] | None = None,
 ) -> TokenLogps:
+    """What the public functions of this module share: a target, weight and owner for each place that the rows read."""
     device = policy.device
     target_ids = torch.tensor(targets, dtype=torch.long, device=device)
     weight = torch.tensor(weights, dtype=torch.float32, device=device)
@@ -265,23 +310,8 @@ def _run(
     if not targets:
         nothing = torch.zeros(0, device=device)
         return TokenLogps(nothing, weight, owner, num_sequences, nothing if entropies else None)
-    policy.check_length(1 + max(max(layout.position_ids, default=0) for layout in layouts))
-    length = max(len(layout.token_ids) for layout in layouts)
-
-    def table(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long, device=device)
-
-    token_ids = table([layout.token_ids for layout in layouts], policy.pad_id)
-    position_ids = table([layout.position_ids for layout in layouts], 0)
-    keep = block_mask(table([x.blocks for x in layouts], -1), table([x.prefixes for x in layouts], 0))
-    # additive, once: from a boolean mask every layer would make, and keep for its backward pass, a copy of its own
-    bias = torch.zeros(keep.shape, dtype=autocast or policy.model.dtype, device=device).masked_fill_(~keep, -torch.inf)
-    places = [row * length + read for row, layout in enumerate(layouts) for read in layout.reads]
     with casting(device, autocast):
-        hidden = policy.decoder(
-            input_ids=token_ids, position_ids=position_ids, attention_mask=bias[:, None], use_cache=False
-        ).last_hidden_state
-        states = hidden.flatten(0, 1)[torch.tensor(places, device=device)]
+        states = _hidden(policy, rows, autocast)
         if options is None or all(option == _ANY for option in options):
             logps, spread = token_logps(policy, states, target_ids, temperature, entropies, chunk)
         else:
@@ -289,12 +319,33 @@ def _run(
     return TokenLogps(logps, weight, owner, num_sequences, spread)
 
 
-def block_mask(blocks: Tensor, prefixes: Tensor) -> Tensor:
-    """Which place sees which, [B, T, T]: the same block up to itself, and the row's first `prefixes` places.
-
-    Both arguments are [B, T]. Every place sees at least itself, padding too: a softmax over nothing is NaN.
-    """
-    places = torch.arange(blocks.shape[1], device=blocks.device)
-    own = (blocks[:, :, None] == blocks[:, None, :]) & (places[:, None] >= places)
-    shared = places[None, None, :] < prefixes[:, :, None]
-    return own | shared
+def _hidden(policy: Policy, rows: Sequence[Row], autocast: torch.dtype | None) -> Tensor:
+    """Hidden states [K, H] at the places that the rows read, row after row."""
+    device = policy.device
+    shares = takes_layouts(policy)
+    length = 0 if shares else max(len(row.token_ids) for row in rows)
+    token_ids: list[int] = []
+    position_ids: list[int] = []
+    parts: list[list[Part]] = []
+    reads: list[int] = []
+    for row in rows:
+        start = len(token_ids)
+        spare = max(0, length - len(row.token_ids))
+        token_ids += row.token_ids + [policy.pad_id] * spare
+        position_ids += row.position_ids + [0] * spare
+        reads += [start + place for place in row.reads]
+        padding = [Part(length - spare, length)] if spare else []
+        parts.append([part.moved(start) for part in row.parts] if shares else row.parts + padding)
+    ids, positions = (torch.tensor(x, device=device) for x in (token_ids, position_ids))
+    if shares:  # all rows are one
+        layout = Layout([part for some in parts for part in some])
+        hidden = run_decoder(policy, ids[None], positions[None], layout)
+    else:
+        bias = torch.cat([Layout(some).bias(autocast or policy.model.dtype, device) for some in parts])
+        hidden = policy.decoder(
+            input_ids=ids.view(-1, length),
+            position_ids=positions.view(-1, length),
+            attention_mask=bias,
+            use_cache=False,
+        ).last_hidden_state
+    return hidden.flatten(0, 1)[torch.tensor(reads, device=device)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from rerankkit.lm.cache import DecodeCache, Prefill
-from rerankkit.lm.forward import casting
+from rerankkit.lm.cache import Branches, Prefill, lowered
 from rerankkit.lm.permutation import Allowed, AnswerMask, allowed_table, answer_pieces
 from rerankkit.lm.policy import Policy
 
@@ -48,10 +48,13 @@ def roll_out(
     autocast: torch.dtype | None = None,
     max_rows: int = MAX_ROWS,
     masks: Sequence[AnswerMask] | None = None,
+    stops: Sequence[Sequence[int]] = (),
 ) -> list[list[Sample]]:
     """`group_size` samples of each prompt; `seeds[p]` belongs to `prompts[p]`. Temperature 0 is greedy.
 
-    With `masks`, one a prompt, every sample is a finished answer that its prompt's mask allows.
+    A sample ends with a stop token of the policy, or as soon as its last tokens are one of `stops`. With `masks`, one a
+    prompt, every sample is a finished answer that its prompt's mask allows; `stops` do not go with it. `autocast` is
+    the width of the weights while sampling, `lowered`; logits stay float32.
 
     Sample g of prompt p draws from its own stream, made from (seeds[p], g): it does not depend on the other prompts,
     on `max_rows`, or on `max_new_tokens` beyond its own length (up to rounding of the logits, which a token's chance
@@ -65,40 +68,69 @@ def roll_out(
     if masks is not None and (len(masks) != len(prompts) or any(mask.max_tokens > max_new_tokens for mask in masks)):
         longest = max((mask.max_tokens for mask in masks), default=0)
         raise ValueError(f"{len(masks)} masks for {len(prompts)} prompts, answers of {longest} of {max_new_tokens=}")
+    if not all(stops) or (stops and masks is not None):
+        raise ValueError(
+            f"{stops=} must not be empty sequences, and do not go with masks, which end answers themselves"
+        )
     policy.check_length(max(map(len, prompts), default=0) + max_new_tokens)
-    training = policy.model.training
-    policy.model.eval()
     groups: list[list[Sample]] = [[] for _ in prompts]
     # prompts of like length share a batch, so that little of it is padding
     order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
     width = max(1, max_rows // group_size)
-    try:
+    with training_off(policy), lowered(policy, autocast):
         for start in range(0, len(order), width):
             chosen = order[start : start + width]
             streams = np.stack([_stream(seeds[p], g, max_new_tokens) for p in chosen for g in range(group_size)])
-            with casting(policy.device, autocast):
-                some = None if masks is None else [masks[p] for p in chosen]
-                samples = _decode(policy, [prompts[p] for p in chosen], group_size, streams, temperature, top_p, some)
+            some = None if masks is None else [masks[p] for p in chosen]
+            samples = _decode(
+                policy, [prompts[p] for p in chosen], group_size, streams, temperature, top_p, some, stops
+            )
             for place, p in enumerate(chosen):
                 groups[p] = samples[place * group_size : (place + 1) * group_size]
-    finally:
-        policy.model.train(training)
     return groups
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """One token a row by inverse CDF: logits [N, V] and uniforms [N] in [0, 1) to ids [N] and their logps [N]."""
-    logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    logps = logits.float()
+    if temperature not in (0, 1):
+        logps = logps / temperature
     if temperature == 0:
         ids = logps.argmax(-1)
-        return ids, logps.gather(-1, ids[:, None])[:, 0]
+        return ids, logps.gather(-1, ids[:, None])[:, 0] - logps.logsumexp(-1)
     if top_p < 1:
-        logps = _nucleus(logps, top_p)
-    mass = logps.double().exp().cumsum(-1)
-    # a hair under the whole mass: rounding must not step past the last token that has any
-    wanted = uniforms.double() * mass[:, -1] * (1 - 1e-12)
-    ids = torch.searchsorted(mass, wanted[:, None], right=True)
-    return ids[:, 0], logps.gather(-1, ids)[:, 0]
+        logps = _nucleus(logps.log_softmax(-1), top_p)
+    mass = logps.softmax(-1)
+    # first the block of tokens, then the token in it: a running sum over a whole vocabulary is most of a draw's cost
+    blocks = nn.functional.pad(mass, (0, -mass.shape[-1] % _BLOCK)).view(len(mass), -1, _BLOCK)
+    sums = blocks.sum(-1).double().cumsum(-1)
+    wanted = uniforms.double() * sums[:, -1]
+    block = _place(sums, wanted)
+    within = blocks[torch.arange(len(block), device=block.device), block].double().cumsum(-1)
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    ids = block * _BLOCK + _place(within, wanted - before)
+    return ids, mass.gather(-1, ids[:, None])[:, 0].log()
+
+
+_BLOCK = 64
+
+
+def _place(sums: Tensor, wanted: Tensor) -> Tensor:
+    """The first column of running sums [N, W] that exceeds `wanted` [N]."""
+    # a hair under the whole mass: rounding must not step past the last column that has any
+    wanted = torch.minimum(wanted, sums[:, -1] * (1 - 1e-12))
+    return torch.searchsorted(sums, wanted[:, None], right=True)[:, 0]
+
+
+@contextmanager
+def training_off(policy: Policy) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        yield
+    finally:
+        policy.model.train(training)
 
 
 def _nucleus(logps: Tensor, top_p: float) -> Tensor:
@@ -120,54 +152,65 @@ def _decode(
     temperature: float,
     top_p: float,
     masks: Sequence[AnswerMask] | None,
+    stops: Sequence[Sequence[int]],
 ) -> list[Sample]:
     device = policy.device
     total, room = streams.shape
     owners = np.repeat(np.arange(len(prompts)), group_size)
-    prefill = Prefill(policy, prompts)
-    cache, keep = prefill.fork(owners.tolist(), room)
-    lengths = prefill.lengths[torch.from_numpy(owners).to(device)]
-    uniforms = torch.from_numpy(streams).to(device)
-    stops = torch.tensor(sorted(policy.stop_ids), device=device)
+    guide = None if masks is None else _Guide(policy, [masks[owner] for owner in owners.tolist()])
+    # what every answer begins with is read with the prompt
+    heads = [()] * len(prompts) if guide is None else [guide.states[p * group_size].forced for p in range(len(prompts))]
+    prefill = Prefill(policy, [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)])
+    counts = np.array([len(heads[owner]) for owner in owners.tolist()])  # tokens so far
     token_ids = np.zeros((total, room), dtype=np.int64)
     logps = np.zeros((total, room), dtype=np.float32)
-    counts = np.full(total, room)
     stopped = np.zeros(total, dtype=bool)
-    guide = None if masks is None else _Guide(policy, [masks[owner] for owner in owners.tolist()])
     rows = np.arange(total)  # the sample that each row of the batch works on
-    hidden = prefill.hidden[torch.from_numpy(owners).to(device)]
-    for step in range(room):
+    if guide is not None:
+        for row, owner in enumerate(owners.tolist()):
+            token_ids[row, : counts[row]] = heads[owner]
+            guide.skip(row)
+        stopped = np.array([state.settled for state in guide.states])  # a list of one candidate
+        rows = rows[~stopped]
+    branches = Branches(prefill, owners[rows].tolist(), room)
+    lengths = torch.from_numpy(np.array([len(prompt) for prompt in prompts])[owners]).to(device)
+    uniforms = torch.from_numpy(streams).to(device)
+    ends = torch.tensor(sorted(policy.stop_ids), device=device)
+    hidden = prefill.hidden[torch.from_numpy(owners[rows]).to(device)]
+    while len(rows):
         row_ids = torch.from_numpy(rows).to(device)
+        places = counts[rows]
+        some = uniforms[row_ids, torch.from_numpy(places).to(device)]
         if guide is None:
-            ids, chosen = draw(policy.logits(hidden), uniforms[row_ids, step], temperature, top_p)
+            ids, chosen = draw(policy.logits(hidden), some, temperature, top_p)
         else:
-            ids, chosen = guide.draw(rows, hidden, uniforms[row_ids, step], temperature, top_p)
-        token_ids[rows, step] = ids.cpu().numpy()
-        logps[rows, step] = chosen.float().cpu().numpy()
+            ids, chosen = guide.draw(rows, hidden, some, temperature, top_p)
+        token_ids[rows, places] = ids.cpu().numpy()
+        logps[rows, places] = chosen.float().cpu().numpy()
+        counts[rows] += 1
         if guide is None:
-            done = torch.isin(ids, stops).cpu().numpy()
+            done = torch.isin(ids, ends).cpu().numpy()
+            for stop in stops:
+                long = counts[rows] >= len(stop)
+                last = token_ids[rows[:, None], np.maximum(counts[rows][:, None] - len(stop) + np.arange(len(stop)), 0)]
+                done |= long & (last == np.array(stop)).all(1)
         else:
-            done = guide.advance(rows, token_ids[rows, step].tolist())
-        counts[rows[done]] = step + 1
+            done = guide.advance(rows, token_ids[rows, places].tolist())
         stopped[rows[done]] = True
         if guide is not None:
             for row in rows[done].tolist():  # the rest of its answer is known: it needs no model
                 rest = guide.states[row].forced
-                token_ids[row, step + 1 : step + 1 + len(rest)] = rest
+                token_ids[row, counts[row] : counts[row] + len(rest)] = rest
                 counts[row] += len(rest)
-        if done.all() or step + 1 == room:
+        done |= counts[rows] == room
+        if done.all():
             break
         if done.any():
-            alive = _compact(cache, keep, done)
+            alive = branches.leave(done)
             rows, ids = rows[alive], ids[torch.from_numpy(alive).to(device)]
             row_ids = torch.from_numpy(rows).to(device)
-        hidden = policy.decoder(
-            input_ids=ids[:, None],
-            position_ids=(lengths[row_ids] + step)[:, None],
-            attention_mask=keep[: len(rows), None, None, : prefill.width + step + 1],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+        positions = lengths[row_ids] + torch.from_numpy(counts[rows] - 1).to(device)
+        hidden = branches.step(ids[:, None], positions[:, None])[:, 0]
     return [
         Sample(
             tuple(token_ids[i, :n].tolist()),
@@ -212,6 +255,12 @@ class _Guide:
             ids[choosing] = table.gather(-1, places[:, None])[:, 0]
         return ids, logps
 
+    def skip(self, row: int) -> None:
+        """Step over what is forced."""
+        state = self.states[row]
+        self.seen[row] += [(token_id,) for token_id in state.forced]
+        self.states[row] = state._replace(forced=())
+
     def advance(self, rows: NDArray[np.int64], token_ids: Sequence[int]) -> NDArray[np.bool_]:
         """Step the samples `rows`; True for each whose rest is now known (it counts as seen)."""
         done = np.zeros(len(rows), dtype=bool)
@@ -221,16 +270,3 @@ class _Guide:
                 done[place] = True
                 self.seen[row] += [(rest,) for rest in state.forced]
         return done
-
-
-def _compact(cache: DecodeCache, keep: Tensor, done: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Fill the places of finished rows with rows from the end; returns which old row each remaining place now holds."""
-    remaining = int((~done).sum())
-    places = np.arange(remaining)
-    holes = places[done[:remaining]]
-    movers = remaining + np.flatnonzero(~done[remaining:])
-    places[holes] = movers
-    source, target = (torch.from_numpy(x).to(keep.device) for x in (movers, holes))
-    keep[target] = keep[source]
-    cache.move(source, target, remaining)
-    return places

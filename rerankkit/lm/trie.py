@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rerankkit.lm.cache import Prefill
+from rerankkit.lm.cache import Branches, Prefill
 from rerankkit.lm.forward import casting
 from rerankkit.lm.policy import Policy
 from rerankkit.types import Sid
@@ -107,12 +107,12 @@ def _search(
     # places through the mask, so nothing is copied and nothing is reordered.
     device, num = policy.device, len(prompts)
     prefill = Prefill(policy, prompts)
-    cache, keep = prefill.fork(range(num), trie.depth * num_beams)
+    branches = Branches(prefill, range(num), trie.depth * num_beams)
     lengths = prefill.lengths[:, None]
     nodes: list[NDArray[np.int64]] = [np.array([ROOT]) for _ in prompts]
     scores = [np.zeros(1) for _ in prompts]
     paths = [np.zeros((1, 0), dtype=np.int64) for _ in prompts]  # places of each beam's ancestors in the cache
-    hidden, filled = prefill.hidden[:, None], prefill.width
+    hidden, filled = prefill.hidden[:, None], 0
     for step in range(trie.depth):
         logits = policy.logits(hidden).float()
         logps = (logits - logits.logsumexp(-1, keepdim=True)).cpu().numpy()
@@ -126,22 +126,16 @@ def _search(
             break
         width = max(map(len, token_ids))
         fed = np.zeros((num, width), dtype=np.int64)
-        seen = np.zeros((num, width, filled - prefill.width + width), dtype=bool)
-        places = filled - prefill.width + np.arange(width)
+        seen = np.zeros((num, width, filled + width), dtype=bool)
+        places = filled + np.arange(width)
         seen[:, np.arange(width), places] = True  # itself; unused beams too: a softmax over nothing is NaN
         for p, tokens in enumerate(token_ids):
             fed[p, : len(tokens)] = tokens
             np.put_along_axis(seen[p, : len(tokens)], paths[p], True, axis=1)
             paths[p] = np.column_stack([paths[p], places[: len(tokens)]])
-        prompt_keep = keep[:, None, : prefill.width].expand(num, width, prefill.width)
-        mask = torch.cat([prompt_keep, torch.from_numpy(seen).to(device)], dim=2)
-        hidden = policy.decoder(
-            input_ids=torch.from_numpy(fed).to(device),
-            position_ids=(lengths + step).expand(num, width),
-            attention_mask=mask[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = branches.step(
+            torch.from_numpy(fed).to(device), (lengths + step).expand(num, width), torch.from_numpy(seen).to(device)
+        )
         filled += width
     return [_named(trie, nodes[p], scores[p]) for p in range(num)]
 

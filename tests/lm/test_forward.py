@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from rerankkit.errors import UsageError
-from rerankkit.lm import Policy, TrainSequence, group_logps, packed_logps, roll_out
-from rerankkit.lm.forward import block_mask
+from rerankkit.lm import Policy, TrainSequence, forward, group_logps, packed_logps, roll_out
 
 
 def ids(draw: random.Random, length: int) -> list[int]:
@@ -87,6 +85,41 @@ def test_a_shared_prompt_equals_repeated_prompts(make, shape, temperature: float
     assert torch.allclose(*slopes, atol=1e-3 * float(slopes[0].abs().max()))
 
 
+def test_what_completions_begin_with_alike_is_read_once(make, shape) -> None:
+    policy = make(**shape)
+    prompts = [[5, 6, 7], [8, 9]]
+    # all of it; a part, one stops inside the fourth's beginning; nothing, beside one without tokens
+    groups = [[[1, 2, 3, 4], [1, 2, 3, 4]], [[1, 2, 3, 9], [1, 2, 3], [1, 2, 7, 7, 7], [1]]]
+    groups, prompts = [*groups, [[3, 4], [], [4, 4]]], [*prompts, [1]]
+    with counting(policy) as seen:
+        shared = group_logps(policy, prompts, groups).logps
+    # 3 + 3 | 2 + 1 2 + (3, none of 1 2's own, 7 7) | 1 + 3 + 4; the last token of each is predicted, never read
+    assert seen == [3 + 3 + 2 + 2 + 1 + 2 + 1 + 1 + 1]
+    repeated = [
+        plain(policy, p + c)[len(p) - 1 :] for p, group in zip(prompts, groups, strict=True) for c in group if c
+    ]
+    assert torch.allclose(shared, torch.cat(repeated), atol=1e-5)
+
+
+def test_what_nobody_reads_is_not_run(tiny) -> None:
+    sequences = [TrainSequence((1, 2, 3, 4, 5), (0.0, 0.0, 1.0, 0.0, 0.0)), TrainSequence((1, 2, 3), (0.0,) * 3)]
+    with counting(tiny) as seen:
+        logps = packed_logps(tiny, [sequences]).logps
+    assert seen == [2]  # tokens 1 and 2, which predict 3
+    assert torch.allclose(logps, plain(tiny, [1, 2, 3])[1:], atol=1e-5)
+
+
+@contextmanager
+def counting(policy: Policy) -> Iterator[list[int]]:
+    """Tokens of every forward pass."""
+    assert group_logps(policy, [[1]], [[[2]]]).num_sequences == 1  # the first pass tries the architecture
+    seen: list[int] = []
+    table = policy.model.get_input_embeddings()
+    hook = table.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    yield seen
+    hook.remove()
+
+
 def test_results_are_numbered_and_can_be_padded(tiny) -> None:
     result = group_logps(tiny, [[5, 6], [7]], [[[1, 2], []], [[3]]])
     assert result.sequence_ids.tolist() == [0, 0, 2] and result.num_sequences == 3
@@ -105,7 +138,9 @@ def test_entropies_are_those_of_the_whole_distribution(tiny) -> None:
     assert 0 < float(expected[0]) < math.log(logps.shape[-1])
 
 
-def test_chunks_do_not_change_logps_or_gradients(tiny) -> None:
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_chunks_do_not_change_logps_or_gradients(tiny, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "KEPT_LOGITS", kept)
     prompts, groups = [[5, 6, 7]], [[[1, 2, 3], [4, 5]]]
     whole = gradient(tiny, lambda: group_logps(tiny, prompts, groups).logps.sum())
     parts = gradient(tiny, lambda: group_logps(tiny, prompts, groups, chunk=2).logps.sum())
@@ -145,28 +180,3 @@ def test_sequences_longer_than_the_model_are_refused(make) -> None:
         packed_logps(policy, [[TrainSequence((1,) * 9, (1.0,) * 9)]])
     with pytest.raises(UsageError, match="a sequence of 9 tokens"):
         roll_out(policy, [[1] * 5], 1, max_new_tokens=4, temperature=1.0, seeds=[0])
-
-
-def test_the_mask_by_hand() -> None:
-    # prompt of 2 (block 0), completions of 2 (block 2) and 1 (block 4), one place of padding (block -1)
-    keep = block_mask(torch.tensor([[0, 0, 2, 2, 4, -1]]), torch.tensor([[0, 0, 2, 2, 2, 0]]))
-    assert keep[0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-
-
-@given(st.integers(1, 4), st.lists(st.integers(0, 4), max_size=4))
-@settings(deadline=None)
-def test_the_mask_against_brute_force(prefix: int, lengths: list[int]) -> None:
-    owner = [-1] * prefix + [g for g, n in enumerate(lengths) for _ in range(n)]
-    starts = [0] * prefix + [prefix + sum(lengths[:g]) for g, n in enumerate(lengths) for _ in range(n)]
-    prefixes = [0] * prefix + [prefix] * sum(lengths)
-    keep = block_mask(torch.tensor([starts]), torch.tensor([prefixes]))[0]
-    for q in range(len(owner)):
-        for k in range(len(owner)):
-            assert bool(keep[q, k]) == (k <= q and owner[k] in (-1, owner[q]))

@@ -6,6 +6,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rerankkit.lm import Policy, group_logps, roll_out
 from rerankkit.lm.rollout import draw
@@ -87,6 +90,63 @@ def test_first_tokens_follow_the_models_distribution(tiny) -> None:
     assert chi_square < 29.6  # 0.1% point of chi-square with 10 degrees of freedom
 
 
+def test_whole_samples_follow_the_distribution_that_generate_samples(tiny) -> None:
+    """A vocabulary of 5 and 3 tokens: all 125 samples, 6,000 of ours and of `generate`, against exact chances."""
+    config = LlamaConfig(
+        vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = Policy(LlamaForCausalLM(config).eval(), tiny.text_tokenizer)
+        for parameter in policy.model.parameters():
+            parameter.data.mul_(5 if parameter.ndim == 2 else 1)
+        prompt = torch.tensor([[1, 2, 3, 4]])
+        with torch.no_grad():
+            samples = torch.cartesian_prod(*[torch.arange(5)] * 3)
+            whole = torch.cat([prompt.expand(125, 4), samples], dim=1)
+            logps = policy.model(input_ids=whole).logits[:, 3:6].log_softmax(-1)
+            expected = 6000 * logps.gather(-1, samples[:, :, None]).sum((1, 2)).exp()
+        with patch.object(Policy, "stop_ids", frozenset()):
+            groups = roll_out(policy, prompt.tolist() * 60, 100, max_new_tokens=3, temperature=1.0, seeds=range(60))
+        theirs = policy.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=3,
+            num_return_sequences=6000, eos_token_id=None, pad_token_id=0,
+        )[:, 4:]  # fmt: skip
+    ours = torch.tensor([sample.token_ids for group in groups for sample in group])
+    assert float(expected.max()) > 4 * float(expected.min())  # chances that differ
+    for drawn in (ours, theirs):
+        observed = torch.bincount(drawn @ torch.tensor([25, 5, 1]), minlength=125)
+        rare = expected < 5
+        cells = torch.cat([expected[~rare], expected[rare].sum()[None]])
+        counts = torch.cat([observed[~rare], observed[rare].sum()[None]])
+        degrees = int((cells > 0).sum()) - 1
+        chi_square = float(((counts - cells) ** 2 / cells)[cells > 0].sum())
+        assert chi_square < degrees + 3.1 * (2 * degrees) ** 0.5 + 10  # beyond the 0.1% point
+
+
+def test_stop_sequences_end_samples(tiny) -> None:
+    plain = roll_out(tiny, PROMPTS, 2, **SETTINGS, seeds=[1, 2, 3, 4])
+    stop = plain[0][1].token_ids[3:5]
+    single = plain[2][0].token_ids[6:7]
+    cut = roll_out(tiny, PROMPTS, 2, **SETTINGS, seeds=[1, 2, 3, 4], stops=[stop, single])
+
+    def until(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        ends = [
+            i
+            for i in range(1, len(token_ids) + 1)
+            if any(i >= len(s) and token_ids[i - len(s) : i] == s for s in (stop, single))
+        ]
+        return token_ids[: ends[0]] if ends else token_ids
+
+    for before, after in zip(plain, cut, strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert b.token_ids == until(a.token_ids) and b.truncated == (a.truncated and len(b.token_ids) == 12)
+    assert len(cut[0][1].token_ids) <= 5 and not cut[0][1].truncated
+    with pytest.raises(ValueError, match="must not be empty sequences"):
+        roll_out(tiny, PROMPTS, 2, **SETTINGS, seeds=[1] * 4, stops=[[]])
+
+
 def test_drawing_by_hand() -> None:
     # probabilities 0.5 0.2 0.3: a uniform below 0.5 is token 0, below 0.7 token 1, else token 2
     logits = torch.tensor([[0.5, 0.2, 0.3]]).log().expand(4, 3)
@@ -103,8 +163,21 @@ def test_drawing_by_hand() -> None:
 
 
 def test_a_token_without_mass_is_never_drawn() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, 3)
-    assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)[0].tolist() == [1, 1]
+    for place in (0, 63, 64, 130):  # of a vocabulary that is drawn from in blocks
+        logits = torch.full((2, 131), -torch.inf)
+        logits[:, place] = 3.0
+        assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)[0].tolist() == [place] * 2
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(0, 99), st.floats(0, 1, exclude_max=True))
+def test_drawing_is_the_inverse_of_the_running_sum(size: int, seed: int, uniform: float) -> None:
+    logits = 4 * torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
+    ids, logps = draw(logits, torch.tensor([uniform], dtype=torch.float64), 1.0)
+    sums = logits[0].double().softmax(-1).cumsum(-1)
+    i = int(ids)
+    assert (sums[i - 1] if i else 0.0) - 1e-6 <= uniform <= sums[i] + 1e-6
+    assert logps.item() == pytest.approx(logits[0].log_softmax(-1)[i].item(), abs=1e-5)
 
 
 def test_bfloat16_rolls_out(tiny) -> None:
