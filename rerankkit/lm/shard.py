@@ -22,7 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rerankkit import processes
 from rerankkit.errors import UsageError
+from rerankkit.lm.forward import packed_logps
 from rerankkit.lm.policy import Policy
+from rerankkit.lm.sequences import TrainSequence
 
 T = TypeVar("T")
 
@@ -49,6 +51,8 @@ def sharded(policy: Policy) -> Iterator[None]:
         raise UsageError(
             "policy.lora: adapters are not trained under FSDP, which would save little: choose multi-GPU without FSDP."
         )
+    with torch.no_grad():  # what lm/ finds out once about a model, it must find out before a pass is an exchange
+        packed_logps(policy, [[TrainSequence((0, 1), (0.0, 1.0))]])
     mesh = init_device_mesh(device.type, (processes.count(),))
     units = set(model._no_split_modules or ())
     for module in [m for m in model.modules() if type(m).__name__ in units]:
