@@ -315,7 +315,7 @@ def _try(policy: Policy) -> bool:
     model, decoder = policy.model, policy.decoder
     before, training = model.config._attn_implementation, model.training
     model.eval()
-    ids = torch.arange(7, device=policy.device) % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(7, device=policy.device) % model.get_input_embeddings().weight.shape[0]
     layout = Layout([Part(0, 3), Part(3, 5, (0, 3)), Part(5, 7, (0, 3))])
     position_ids = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=policy.device)
     alone = ids[:5], ids[[0, 1, 2, 5, 6]]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rerankkit.lm.cache import Branches, Prefill, lowered
+from rerankkit.lm.meter import spent_on
 from rerankkit.lm.permutation import Allowed, AnswerMask, allowed_table, answer_pieces
 from rerankkit.lm.policy import Policy
 
@@ -77,7 +78,7 @@ def roll_out(
     # prompts of like length share a batch, so that little of it is padding
     order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
     width = max(1, max_rows // group_size)
-    with training_off(policy), lowered(policy, autocast):
+    with training_off(policy), lowered(policy, autocast), spent_on("decode"):
         for start in range(0, len(order), width):
             chosen = order[start : start + width]
             streams = np.stack([_stream(seeds[p], g, max_new_tokens) for p in chosen for g in range(group_size)])
@@ -160,7 +161,8 @@ def _decode(
     guide = None if masks is None else _Guide(policy, [masks[owner] for owner in owners.tolist()])
     # what every answer begins with is read with the prompt
     heads = [()] * len(prompts) if guide is None else [guide.states[p * group_size].forced for p in range(len(prompts))]
-    prefill = Prefill(policy, [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)])
+    with spent_on("prefill"):
+        prefill = Prefill(policy, [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)])
     counts = np.array([len(heads[owner]) for owner in owners.tolist()])  # tokens so far
     token_ids = np.zeros((total, room), dtype=np.int64)
     logps = np.zeros((total, room), dtype=np.float32)

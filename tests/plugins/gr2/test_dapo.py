@@ -128,7 +128,7 @@ def test_free_answers_are_learnt_from_too(policy: Policy, base: Policy) -> None:
 def test_the_time_of_a_step_is_told_in_parts(policy: Policy) -> None:
     [metrics] = [report.metrics for report in steps(policy, first_is_target, steps=1)]
     parts = {key.removeprefix("time/"): value for key, value in metrics.items() if key.startswith("time/")}
-    assert {"rollout", "reward", "forward", "backward", "optimizer", "other"} <= set(parts)
+    assert {"prefill", "decode", "rollout", "reward", "forward", "backward", "optimizer", "other"} <= set(parts)
     assert sum(parts.values()) == pytest.approx(metrics["step_time"]) and all(value > 0 for value in parts.values())
     assert metrics["tokens_per_second"] > 0 and metrics["tflops"] > 0
 
