@@ -6,6 +6,7 @@ SIDs [M, L] that are given already, and changes last codes, in place, of the new
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -108,9 +109,14 @@ def settle(
 
 def group_ids(codes: Codes) -> NDArray[np.int64]:
     """[n] numbers that are equal where rows of `codes` [n, d] are."""
+    sizes = [int(column.max(initial=0)) + 1 for column in codes.T]
     groups = np.zeros(len(codes), dtype=np.int64)
-    for column in codes.T:  # numbered anew at each level: the product of all sizes may overflow
-        _, groups = np.unique(groups * (int(column.max(initial=0)) + 1) + column, return_inverse=True)
+    if math.prod(sizes) < 2**62:
+        for size, column in zip(sizes, codes.T, strict=True):
+            groups = groups * size + column
+        return np.unique(groups, return_inverse=True)[1]
+    for size, column in zip(sizes, codes.T, strict=True):  # numbered anew at each level, or the product overflows
+        groups = np.unique(groups * size + column, return_inverse=True)[1]
     return groups
 
 

@@ -16,7 +16,7 @@ ROUGH_POINTS_PER_CODE = 128
 POINTS_PER_CODE = 512
 """Rows a codebook is fitted on, for each of its codes, when there are more."""
 _FEWEST, _SAMPLE, _ROUGH_ITERATIONS = 4, 20_000, 3
-_SEEDS_PER_CODE, _FEWEST_SEEDS = 8, 4096  # k-means++ costs codes x rows distances one after the other
+_SEEDS_PER_CODE, _FEWEST_SEEDS = 8, 2048  # k-means++ costs codes x rows distances one after the other
 
 
 @contextmanager
@@ -144,13 +144,14 @@ def fit_residual_kmeans(
 
 
 def residual_codes(points: Tensor, codebooks: Tensor) -> Tensor:
-    """Codes [S, L] of points [S, D] by the nearest code at each level of codebooks [L, C, D]."""
-    codes = []
-    for codebook in codebooks:
-        codes.append(nearest_codes(points, codebook))
-        if len(codes) < len(codebooks):
-            points = points - codebook[codes[-1]]
-    return torch.stack(codes, dim=1)
+    """Codes [S, L] of points [S, D] by the nearest code at each level of codebooks [L, C, D]. Overwrites `points`."""
+    codes = torch.empty(len(points), len(codebooks), dtype=torch.long)
+    for level, codebook in enumerate(codebooks):
+        codes[:, level] = nearest_codes(points, codebook)
+        if level + 1 < len(codebooks):
+            for part, ids in zip(torch.split(points, CHUNK), torch.split(codes[:, level], CHUNK), strict=True):
+                part -= codebook[ids]
+    return codes
 
 
 def _spread(points: Tensor, num_codes: int, rng: np.random.Generator) -> Tensor:
