@@ -2,6 +2,7 @@
 
 One prompt, random weights (8.9M outside the embeddings), float32, one thread. Shared: `roll_out`, `group_logps` and its
 backward pass. Repeated: the same, told G prompts that happen to be equal. CPU seconds, medians of alternating runs.
+Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from unittest.mock import patch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import matplotlib
 import torch
 import transformers
+from matplotlib import pyplot
 
 from rerankkit.lm import Policy, group_logps, roll_out, scratch_policy
 
@@ -81,11 +84,7 @@ def policy_of(vocabulary: int) -> Any:
 
 def plot(measured: dict[str, list[tuple[int, float, float]]], target: Path) -> None:
     """A panel a series, both axes logarithmic."""
-    import matplotlib
-
     matplotlib.use("svg")
-    from matplotlib import pyplot
-
     figure, panels = pyplot.subplots(1, len(measured), figsize=(10, 3), sharey=True, layout="constrained")
     for panel, (name, rows) in zip(panels, measured.items(), strict=True):
         xs, shared, repeated = zip(*rows, strict=True)
