@@ -11,7 +11,7 @@ from torch import Tensor
 
 CHUNK = 4096
 """Rows whose distances are held at once."""
-ROUGH_POINTS_PER_CODE = 128
+ROUGH_POINTS_PER_CODE = 64
 """Rows for each code that suffice for finding out roughly where the codes should be."""
 POINTS_PER_CODE = 512
 """Rows a codebook is fitted on, for each of its codes, when there are more."""
@@ -72,7 +72,7 @@ def fit_kmeans(
 ) -> Tensor:
     """A codebook [C, D] for points [S, D]: Lloyd's iterations from the better of two starts.
 
-    Where there are more than 256 points a code, the starts look at a part of them only. A code that nobody is nearest
+    Where there are more than 128 points a code, the starts look at a part of them only. A code that nobody is nearest
     to moves to the point that is worst served. With fewer different points than codes, codes repeat one another.
     `balanced` gives each code equally many points in every iteration.
     """
@@ -163,12 +163,15 @@ def _spread(points: Tensor, num_codes: int, rng: np.random.Generator) -> Tensor:
     if len(points) > most:
         points = points[torch.from_numpy(np.sort(rng.choice(len(points), most, replace=False)))]
     chosen = [int(rng.integers(len(points)))]
-    near = (points - points[chosen[0]]).square().sum(dim=1)
-    for _ in range(num_codes - 1):
+    norms, near = points.square().sum(dim=1), torch.full((len(points),), torch.inf)
+    while True:
+        last = points[chosen[-1]]
+        near = torch.minimum(near, (norms - 2 * (points @ last) + last.square().sum()).clamp(min=0))
+        near[chosen[-1]] = 0  # rounding must not draw a point again
+        if len(chosen) == num_codes:
+            return points[chosen].clone()
         reach = near.double().cumsum(dim=0).numpy()
         if reach[-1] > 0:
             chosen.append(min(int(np.searchsorted(reach, rng.random() * reach[-1], side="right")), len(points) - 1))
         else:
             chosen.append(int(rng.integers(len(points))))
-        near = torch.minimum(near, (points - points[chosen[-1]]).square().sum(dim=1))
-    return points[chosen].clone()
