@@ -480,8 +480,11 @@ def _culprit(error: BaseException, built: Sequence[tuple[ChosenPart, Any]]) -> C
     if built and built[-1][1] is None:
         return built[-1][0]
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        first = frame.f_code.co_varnames[:1]  # `self`, by whatever name
         for part, live in built:
-            if frame.f_locals.get("self") is live or frame.f_code is getattr(live, "__code__", None):
+            if any(frame.f_locals.get(name) is live for name in first) or frame.f_code is getattr(
+                live, "__code__", None
+            ):
                 return part
     return None
 

@@ -96,11 +96,6 @@ def settle(
         )
     spilled = 0
     if len(beyond) and on_full == "spill":
-        if random_levels > 1 or codes.shape[1] == 1:
-            raise DataError(
-                f"{len(beyond):,} items find their prefix full and no other to go to; raise the tokenizer's codes or "
-                "levels"
-            )
         spilled = len(beyond)
         _spill(codes, taken, beyond, num_codes, near, seed if how == "random" else None)
     moved = int((codes != first).any(axis=1).sum())
@@ -141,10 +136,12 @@ def _deal(codes: Codes, taken: Codes, num_codes: int, levels: int, seed: int) ->
     held, new = groups[: len(taken)], groups[len(taken) :]
     start, stride = _decks(prefixes, size, seed)
     turn = _turns(new)
-    contested = np.isin(new, held)
-    for group in np.unique(new[contested]):  # prefixes that hold items already: skip what these have
-        rows = np.flatnonzero(new == group)
-        used = _joined(taken[held == group][:, -levels:], num_codes)
+    order, held_order = np.argsort(new, kind="stable"), np.argsort(held, kind="stable")
+    both = np.intersect1d(new, held)  # prefixes that hold items already: skip what these have
+    ends = [np.searchsorted(of, both, side) for of in (new[order], held[held_order]) for side in ("left", "right")]
+    for low, high, held_low, held_high in zip(*ends, strict=True):
+        rows = order[low:high]
+        used = _joined(taken[held_order[held_low:held_high], -levels:], num_codes)
         deck = (start[rows[0]] + stride[rows[0]] * np.arange(min(size, len(used) + len(rows)))) % size
         free = np.flatnonzero(~np.isin(deck, used))
         turn[rows] = np.concatenate([free, np.arange(size, size + len(rows))])[: len(rows)]
@@ -296,7 +293,8 @@ def _take_turns(
         lost[active[np.isinf(cost)]] = True
         costs[active, asked] = np.inf
         wish[active] = costs[active].argmin(axis=1)
-        regret = costs[active, wish[active]] - cost
+        with np.errstate(invalid="ignore"):  # inf - inf, of rows that have asked for everything
+            regret = costs[active, wish[active]] - cost
         free = np.flatnonzero(~places[place] & ~lost[active])
         free = free[np.lexsort((active[free], -regret[free], place[free]))]
         won = free[np.flatnonzero(np.diff(place[free], prepend=-1))]
@@ -311,48 +309,62 @@ def _take_turns(
 
 def _sinkhorn(codes: Codes, taken: Codes, num_codes: int, near: Near, sharpness: float = 0.003) -> None:
     """Sinkhorn-Knopp on distances scaled to [-1, 1], 50 rounds, as LC-Rec does for items that collide."""
-    rows, starts, _ = _contested(codes, taken)
-    for some in np.split(rows, starts[1:]):
-        if not len(some):
+    rows, starts, held = _contested(codes, taken)
+    for group, some in enumerate(np.split(rows, starts[1:])):
+        free = np.delete(np.arange(num_codes), held.get(group, []))
+        if not len(some) or not len(free):
             continue
-        cost = near(some, codes.shape[1] - 1).astype(np.float64)
+        if len(some) == 1:  # a plan for one item is all codes alike
+            codes[some, -1] = free[near(some, codes.shape[1] - 1)[0, free].argmin()]
+            continue
+        cost = near(some, codes.shape[1] - 1)[:, free].astype(np.float64)
         cost -= cost.min(axis=1, keepdims=True)  # the row's own constant, which `near` leaves open
         middle, reach = (cost.max() + cost.min()) / 2, (cost.max() - cost.min()) / 2
         logits = -(cost - middle) / ((reach or 1.0) * sharpness)
         for _ in range(50):
             logits -= np.logaddexp.reduce(logits, axis=0, keepdims=True)
             logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        codes[some, -1] = logits.argmax(axis=1)
+        codes[some, -1] = free[logits.argmax(axis=1)]
 
 
 def _spill(codes: Codes, taken: Codes, beyond: NDArray[np.int64], num_codes: int, near: Near, seed: int | None) -> None:
     """Each row of `beyond` takes a free place under the nearest prefix with room, one row after the other.
 
-    The place: the nearest free last code, or with a seed the next card of that prefix's deck.
+    It keeps as many of its first codes as it can, and below them takes the nearest code that has room, level by level;
+    the last one, with a seed, from the deck of the prefix where it ends.
     """
-    last = codes.shape[1] - 1
+    levels = codes.shape[1]
+    if num_codes**levels >= 2**63:
+        raise DataError(
+            f'{len(beyond):,} items find their prefix full, and on_full = "spill" cannot count {num_codes} ** {levels} '
+            'SIDs; lower the tokenizer\'s levels, or set on_full = "share"'
+        )
+    weights = num_codes ** np.arange(levels - 1, -1, -1)
     settled = np.ones(len(codes), dtype=bool)
     settled[beyond] = False
-    stems = group_ids(np.concatenate([taken, codes])[:, : last - 1])
-    for stem in np.unique(stems[len(taken) :][beyond]):
-        mine = beyond[stems[len(taken) :][beyond] == stem]
-        under = np.concatenate([taken[stems[: len(taken)] == stem], codes[(stems[len(taken) :] == stem) & settled]])
-        used = np.zeros((num_codes, num_codes), dtype=bool)
-        used[under[:, -2], under[:, -1]] = True
-        wishes = near(mine, last - 1)
-        for row, wish in zip(mine.tolist(), wishes, strict=True):
-            room = ~used.all(axis=1)
-            if not room.any():
-                raise DataError(
-                    f"all {num_codes**2:,} SIDs that begin with {codes[row, : last - 1].tolist()} are given, and there "
-                    f"are {len(mine):,} more items for them; raise the tokenizer's levels or codes"
-                )
-            codes[row, -2] = int(np.where(room, wish, np.inf).argmin())
-            free = ~used[codes[row, -2]]
-            if seed is None:
-                codes[row, -1] = int(np.where(free, near(np.array([row]), last)[0], np.inf).argmin())
-            else:
+    held = np.unique(np.concatenate([taken, codes[settled]]) @ weights)
+
+    def room(prefix: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which next codes [C] have a place left below them."""
+        depth = len(prefix)
+        edges = prefix @ weights[:depth] + weights[depth] * np.arange(num_codes + 1)
+        below: NDArray[np.bool_] = np.diff(np.searchsorted(held, edges)) < weights[depth]
+        return below
+
+    for done, row in enumerate(beyond.tolist()):
+        kept = next((depth for depth in range(levels - 2, -1, -1) if room(codes[row, :depth]).any()), None)
+        if kept is None:
+            raise DataError(
+                f"all {num_codes**levels:,} SIDs are given, and {len(beyond) - done:,} more items need one; raise the "
+                "tokenizer's codes or levels"
+            )
+        for level in range(kept, levels):
+            free = room(codes[row, :level])
+            if level == levels - 1 and seed is not None:
                 start, stride = _decks(codes[[row], :-1], num_codes, seed)
                 deck = (start + stride * np.arange(num_codes)) % num_codes
-                codes[row, -1] = int(deck[free[deck]][0])
-            used[codes[row, -2], codes[row, -1]] = True
+                codes[row, level] = deck[free[deck]][0]
+            else:
+                codes[row, level] = np.where(free, near(np.array([row]), level)[0], np.inf).argmin()
+        key = codes[row] @ weights
+        held = np.insert(held, np.searchsorted(held, key), key)

@@ -50,15 +50,15 @@ def nearest_codes(points: Tensor, codebook: Tensor) -> Tensor:
 
 
 def balanced_codes(points: Tensor, codebook: Tensor) -> Tensor:
-    """[S] ids such that no code has more than ceil(S / C) points: each code in turn takes the nearest that are left.
+    """[S] ids such that all codes have equally many points, or one more: each in turn takes the nearest that are left.
 
     OneRec's balanced k-means (Deng et al. 2025, 2502.18965, algorithm 1). Holds [S, C] distances.
     """
     near = distances(points, codebook).numpy()
-    room = -(-len(points) // len(codebook))
     ids = np.empty(len(points), dtype=np.int64)
     left = np.arange(len(points))
     for code in range(len(codebook)):
+        room = -(-len(left) // (len(codebook) - code))
         if len(left) > room:
             order = np.argpartition(near[left, code], room - 1)
             ids[left[order[:room]]], left = code, left[order[room:]]

@@ -10,8 +10,8 @@ from rerankkit.plugins import PluginConfig
 
 
 class _TokenizerConfig(PluginConfig):
-    levels: PositiveInt = 4
-    """Codes in a SID."""
+    levels: PositiveInt = Field(default=4, le=26)
+    """Codes in a SID; at most 26, a letter each."""
     codes: PositiveInt = 256
     """Codes to choose from at each level."""
     last_level: Literal["nearest", "reassign", "search", "random", "uniform", "sinkhorn"] = "reassign"
@@ -41,7 +41,8 @@ class ResidualKMeansConfig(_TokenizerConfig):
     iterations: PositiveInt = 10
     """k-means iterations a level, after a start along few directions."""
     balanced: bool = False
-    """Fit every level so that its codes have equally many items (OneRec's balanced k-means)."""
+    """Fit every level so that its codes have equally many items (OneRec's balanced k-means); items then take the
+    nearest codes all the same, so that new ones can."""
 
 
 class RqVaeConfig(_TokenizerConfig):
@@ -58,7 +59,7 @@ class RqVaeConfig(_TokenizerConfig):
     min_steps: NonNegativeInt = 400
     """A small catalogue gets more passes, until it has made this many batches."""
     max_steps: PositiveInt = 8000
-    """A large catalogue gets fewer: training ends after this many batches."""
+    """A large catalogue gets fewer: training ends after this many batches (after `min_steps`, if that is more)."""
     batch_size: PositiveInt = 256
     """Items in a batch."""
     learning_rate: PositiveFloat = 1e-3

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rerankkit.errors import DataError, RunFolderError
+from rerankkit.errors import DataError, RunFailed, RunFolderError
 from rerankkit.types import Catalog, Item
 from rerankkit_gr2.collisions import LastLevel, OnFull, Settled, settle
 from rerankkit_gr2.kmeans import (
@@ -130,7 +130,9 @@ class _Residual(ABC):
                     self.codes,
                     near,
                     how=self.last_level,
-                    products=(codebooks[-2] @ codebooks[-1].T).numpy() if self.levels > 1 else None,
+                    products=(codebooks[-2] @ codebooks[-1].T).numpy()
+                    if self.last_level == "search" and self.levels > 1
+                    else None,
                     on_full=self.on_full,
                     random_levels=self.random_levels,
                     seed=self.seed,
@@ -296,6 +298,11 @@ class RqVae(_Residual):
         how = Training(**{each.name: getattr(self, each.name) for each in fields(Training)})
         contrast = Contrast.of(catalog.pairs, len(catalog.items)) if self.contrastive else None
         train(catalog.embeddings, self._net, how, contrast, self.bar)
+        if not all(bool(tensor.isfinite().all()) for tensor in self._net.state_dict().values()):
+            raise RunFailed(
+                f"tokenizer: the RQ-VAE diverged, its weights are not finite; lower tokenizer.learning_rate "
+                f"({self.learning_rate:g})"
+            )
 
     def _codebooks(self) -> torch.Tensor:
         return self._ready_net().codebooks.detach()

@@ -74,14 +74,14 @@ def add(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is there already; name a new or empty folder with --out.")
     folder = sids_folder(run)
-    made, config = read_json(folder / "sids.json").get("made", {}), read_json(run / "config.json")
+    made = read_json(folder / "sids.json").get("made", {})
     if "tokenizer" not in made:
         raise RunFolderError(f"{folder / 'sids.json'} does not tell which tokenizer drew these SIDs; draw them anew.")
-    like = {key: value for key, value in config.get("data", {}).items() if key in ("item_columns", "on_bad_row")}
+    like = {**made.get("items", {}), "embeddings": made["embeddings"], "side": made["side"]}
     raw = {
         "seed": made["seed"],
-        "plugin_files": config.get("plugin_files", []),
-        "data": {"use": "tables", "items": items, **like, "embeddings": made["embeddings"], "side": made["side"]},
+        "plugin_files": made.get("plugin_files", []),
+        "data": {"use": "tables", "items": items, **like},
         "sids": {"keep": str(folder)},
         "tokenizer": made["tokenizer"],
     }
@@ -194,6 +194,8 @@ def _titles(run: Path, item_ids: set[str]) -> dict[str, str]:
     from rerankkit.store import finished_stage
     from rerankkit.text.clean import clean
 
+    if not item_ids:  # Arrow cannot tell the type of an empty list
+        return {}
     try:
         table = finished_stage(run, "data") / "items.parquet"
     except RunFolderError:

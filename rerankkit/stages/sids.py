@@ -194,6 +194,9 @@ def drawn_with(config: RunConfig) -> dict[str, Any]:
     """
     tokenizer, side = config.tokenizer.resolved(), dict(config.data.side)
     how = {"tokenizer": tokenizer, "plugin": config.tokenizer.provenance(), "seed": config.seed, "side": side}
+    how["plugin_files"] = list(config.plugin_files)
+    if isinstance(config.data, TableData):  # how tables of later items are read, unless they say otherwise
+        how["items"] = {"item_columns": dict(config.data.item_columns), "on_bad_row": config.data.on_bad_row}
     if not config.sids.keep:
         return how
     try:

@@ -110,6 +110,27 @@ def test_new_items_that_must_share_are_named(call: Call, tmp_path: Path) -> None
     assert f"{len(said['sharing'])} new items share theirs with another item: n" in out
 
 
+def test_an_added_folder_remembers_how_tables_are_read(call: Call, tmp_path: Path) -> None:
+    pd.DataFrame({"item": [f"i{n}" for n in range(30)], "title": [f"soap {n}" for n in range(30)]}).to_csv("items.csv")
+    rows = [{"user_id": f"u{n % 9}", "item_id": f"i{n}", "timestamp": n} for n in range(30)]
+    pd.DataFrame(rows).to_csv("interactions.csv", index=False)
+    data = {"use": "tables", "folder": ".", "k_core": 0, "item_columns": {"item_id": "item"}, "embeddings": {"dim": 8}}
+    config = {"data": data, "tokenizer": {"use": "residual-kmeans", "levels": 2, "codes": 16}}
+    Pipeline(config=config).run("mapped", until="sids", progress=False)
+    for step, source in enumerate(("mapped", "more0", "more1/")):
+        pd.DataFrame({"item": [f"n{step}"], "title": [f"gel {step}"]}).to_csv("new.csv", index=False)
+        code, _, err = call("add", source, "new.csv", "--out", f"more{step}")
+        assert (code, err) == (0, "")
+    assert len(SidMap.load("more2").sids) == 33
+
+
+def test_a_beginning_that_nobody_has(call: Call, old: Path) -> None:
+    taken = {tuple(sid) for sid in SidMap.load(old / "stages" / "2-sids").sids.values()}
+    free = next(code for code in range(64) if (0, code) not in taken)
+    code, out, err = call("show", old, f"0,{free}")
+    assert (code, err) == (0, "") and out.startswith(f"0 {free}  0 items")
+
+
 def test_what_cannot_be_added_exits_2_and_writes_nothing(call: Call, old: Path, tmp_path: Path) -> None:
     more = table(old)
     for words, problem in (

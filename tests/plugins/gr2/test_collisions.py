@@ -23,7 +23,7 @@ def deal(
     codes: list[list[int]], taken: list[list[int]] | None = None, num_codes: int = 4, near: Any = forbidden, **how: Any
 ) -> tuple[list[list[int]], Settled]:
     table = np.array(codes, dtype=np.int64)
-    settled = settle(table, np.array(taken, dtype=np.int64) if taken else NONE, num_codes, near, **how)
+    settled = settle(table, np.array(taken or np.empty((0, table.shape[1])), dtype=np.int64), num_codes, near, **how)
     return table.tolist(), settled
 
 
@@ -214,7 +214,7 @@ def test_beyond_a_full_prefix_the_nearest_with_room(how: Any) -> None:
     codes, settled = deal([[0, 0]] * 3, num_codes=2, how=how, near=near_prefixes)
     assert sorted(codes[:2]) == [[0, 0], [0, 1]] and codes[2][0] == 1
     assert settled.spilled == 1 and settled.shared == 0
-    with pytest.raises(DataError, match=r"all 4 SIDs that begin with \[\] are given"):
+    with pytest.raises(DataError, match=r"all 4 SIDs are given, and 1 more items need one"):
         deal([[0, 0]] * 5, num_codes=2, how=how, near=near_prefixes)
     with pytest.raises(DataError, match=r"1 items find their prefix full, the first of them \[0\]: .* room for 2"):
         deal([[0, 0]] * 3, num_codes=2, how=how, near=near_prefixes, on_full="refuse")
@@ -226,3 +226,27 @@ def test_spilling_respects_what_stands_under_the_next_prefix() -> None:
     taken = [[0, 0], [0, 1], [1, 0]]
     codes, _ = deal([[0, 0]], taken, num_codes=2, how="reassign", near=near_prefixes)
     assert codes == [[1, 1]]
+
+
+@pytest.mark.parametrize("how", ["reassign", "random"])
+def test_beyond_a_full_stem_the_nearest_stem_with_room(how: Any) -> None:
+    # 4 SIDs begin with 0, and 6 items want to: two of them go to 1, the nearest first code with room
+    codes, settled = deal([[0, 0, 0]] * 6, num_codes=2, how=how, near=near_prefixes)
+    assert len({tuple(row) for row in codes}) == 6 and settled == Settled(settled.moved, 4, 0)
+    assert [row[0] for row in codes].count(1) == 2
+    everywhere = np.stack(np.unravel_index(np.arange(8), (2, 2, 2)), axis=1).tolist()
+    codes, _ = deal([[0, 0, 0]], everywhere[:-1], num_codes=2, how=how, near=near_prefixes)
+    assert codes == [[1, 1, 1]]  # the one place that is left
+
+
+def test_sinkhorn_leaves_alone_what_is_taken() -> None:
+    codes, settled = deal([[0, 1]], [[0, 1], [0, 2]], how="sinkhorn", near=costs([5, 0, 1, 4]))
+    assert codes == [[0, 3]] and settled.shared == 0
+
+
+def test_later_items_of_many_prefixes() -> None:
+    rng = np.random.default_rng(0)
+    held, new = np.unique(rng.integers(8, size=(300, 3)), axis=0), rng.integers(8, size=(100, 3))
+    settle(new, held, 16, forbidden, how="random", seed=5)
+    both = np.concatenate([held, new])
+    assert len(np.unique(both, axis=0)) == len(both)
