@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rerankkit.config import KnnLists, PolicyLists, PopularityLists, RunConfig, WorldData
 from rerankkit.errors import RunFailed
 from rerankkit.stages.compare import save_rankings
-from rerankkit.stages.report import build_report, choose_examples, example_card, plain, summarise, write_report
+from rerankkit.stages.report import build_report, choose_examples, example_card, summarise, write_report
 from rerankkit.stages.scorecard import scorecard_facts
+from rerankkit.stages.wording import plain
 from rerankkit.store import Artifact, RunFolder, manifest, read_metrics, write_json
 from rerankkit.types import Ranking, RerankExample, SidSurface
 

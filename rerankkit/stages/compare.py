@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rerankkit.errors import RunFolderError, UsageError
-from rerankkit.stages.report import COMPARED, plain
+from rerankkit.stages.report import COMPARED
+from rerankkit.stages.wording import plain
 from rerankkit.types import Parse, Ranking, RerankExample
 
 

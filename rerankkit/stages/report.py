@@ -7,16 +7,14 @@ equal `report.json`.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rerankkit.errors import DataError
-from rerankkit.stages.wording import BOUNDS, capital, change, interval, label, percent, points, signed
+from rerankkit.stages.wording import BOUNDS, capital, change, interval, label, percent, plain, points, signed
 from rerankkit.store import write_text
 from rerankkit.types import Item, Parse, Ranking, RerankExample, SidSurface
 
@@ -121,23 +119,6 @@ def build_report(
     }
     done: dict[str, Any] = plain(whole)
     return done
-
-
-def plain(value: Any) -> Any:
-    """JSON's own types only, floats to 6 places and never NaN (null instead): what may stand in `report.json`."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, str | bool | int | None):
-        return str(value) if isinstance(value, str) else value
-    if hasattr(value, "tolist"):  # numpy's scalars and arrays, without importing it
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return round(value, 6) + 0.0 if math.isfinite(value) else None
-    return str(value)
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rerankkit.config import ChosenPart, Sids
 from rerankkit.errors import RunFailed, RunFolderError
 from rerankkit.protocols import Tokenizer
-from rerankkit.stages.report import plain
-from rerankkit.stages.wording import percent, uniqueness, value_text
-from rerankkit.store import FAILED_SIDS, is_run_folder, read_json, write_json, write_text
+from rerankkit.stages.wording import percent, plain, uniqueness
+from rerankkit.store import FAILED_SIDS, is_run_folder, read_json
 from rerankkit.text.clean import clean
 from rerankkit.types import Catalog, Item
 
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from rerankkit.stages.sids import SidMap
-    from rerankkit.store import RunFolder
 
 NEIGHBOURS, ASKED = 10, 2000
 """Nearest neighbours that are looked for, and items that are asked for theirs."""
@@ -66,55 +62,6 @@ def make_scorecard(
         "reconstruction_error": _reconstruction_error(tokenizer, codes, catalog),
         "account": _account(tokenizer),
     }
-
-
-def gated(draw: Callable[..., SidMap], folder: RunFolder) -> Callable[..., SidMap]:
-    """`draw`, stopped by the config's gate: then the scorecard lies in the run folder, as JSON and as a page."""
-
-    def drawn(*arguments: Any, **more: Any) -> SidMap:
-        from rerankkit.stages.render import render_scorecard
-
-        sids = draw(*arguments, **more)
-        advice = missed_gate(sids.scorecard, folder.config.sids, folder.config.tokenizer)
-        if not advice:
-            return sids
-        card = {**sids.scorecard, "missed_gate": advice}
-        data, page = (folder.path / name for name in FAILED_SIDS)
-        write_json(data, card)
-        write_text(page, render_scorecard(card))
-        crowded = [
-            f"  {value_text(one['sid'])}: {one['num_items']:,} items, such as {' | '.join(one['titles'][:2])}"
-            for one in card["collisions"][:3]
-        ]
-        lines = [f"sids: only {scorecard_headline(card)}. The most crowded SIDs:", *crowded, advice]
-        raise RunFailed(
-            "\n".join([*lines, f"The whole scorecard: `rerankkit sids report {folder.path}`, or {page} in a browser."])
-        )
-
-    return drawn
-
-
-def missed_gate(card: Mapping[str, Any], asked: Sids, tokenizer: ChosenPart) -> str:
-    """Empty if `min_unique` of the items have a SID of their own; else what was asked, and what can be changed."""
-    if card["own_share"] >= asked.min_unique:
-        return ""
-    settings = {f"tokenizer.{name}": value for name, value in tokenizer.resolved().items() if name in _MATTER}
-    named = ", ".join(f"{name} (now {value_text(value)})" for name, value in settings.items())
-    said = (
-        f"sids.min_unique = {asked.min_unique:g} asks for {uniqueness(asked.min_unique)}, so the run stopped. "
-        f"What can be changed: {named}, or sids.min_unique itself (0 turns the gate off)."
-    )
-    equal = card["equal"]
-    if equal["vectors"]:
-        said += (
-            f" {equal['vectors']:,} items share their vector ({equal['texts']:,} their text): a tokenizer that goes by "
-            f"vectors alone can give {uniqueness(equal['best_own_share'])} of items a SID of their own at most."
-        )
-    return said
-
-
-_MATTER = ("use", "levels", "codes", "last_level", "on_full")
-"""Settings that tokenizers commonly have and that decide on collisions, to be named where a block has them."""
 
 
 def load_scorecard(run: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 BOUNDS = ("ceiling", "oracle")
@@ -75,3 +77,20 @@ def interval(found: Mapping[str, Any]) -> str:
 def change(found: Mapping[str, Any]) -> str:
     """A comparison in points: `+8.1 [5.2, 11.0]`."""
     return f"{signed(found)} {interval(found)}"
+
+
+def plain(value: Any) -> Any:
+    """JSON's own types only, floats to 6 places and never NaN (null instead): what may stand in `report.json`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, str | bool | int | None):
+        return str(value) if isinstance(value, str) else value
+    if hasattr(value, "tolist"):  # numpy's scalars and arrays, without importing it
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return round(value, 6) + 0.0 if math.isfinite(value) else None
+    return str(value)
