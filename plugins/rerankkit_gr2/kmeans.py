@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK = 4096
@@ -127,6 +128,13 @@ def _lloyd(points: Tensor, codebook: Tensor, iterations: int, balanced: bool) ->
             moved = worst.indices[worst.values > 0]
             codebook[empty[: len(moved)]] = points[moved]
     return codebook
+
+
+def sample_rows(num_rows: int, num_codes: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """The rows to fit codebooks on, ascending: all, or a sample where there are more than `POINTS_PER_CODE` a code."""
+    rows = np.arange(num_rows)
+    most = num_codes * POINTS_PER_CODE
+    return np.sort(rng.choice(rows, most, replace=False)) if num_rows > most else rows
 
 
 def fit_residual_kmeans(

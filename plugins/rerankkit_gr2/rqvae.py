@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 
-from rerankkit_gr2.kmeans import CHUNK, POINTS_PER_CODE, fit_residual_kmeans
+from rerankkit_gr2.kmeans import CHUNK, fit_residual_kmeans, sample_rows
 
 _INIT_ITERATIONS = 10
 
@@ -242,10 +242,7 @@ def _standardise(net: RqVaeNet, embeddings: NDArray[np.float32]) -> None:
 def _init_codebooks(net: RqVaeNet, embeddings: NDArray[np.float32], how: Training, rng: np.random.Generator) -> None:
     """k-means, level by level, on the latents of a sample."""
     num_levels, num_codes, _ = net.codebooks.shape
-    most = num_codes * POINTS_PER_CODE
-    rows = np.arange(len(embeddings))
-    if len(rows) > most:
-        rows = np.sort(rng.choice(rows, most, replace=False))
+    rows = sample_rows(len(embeddings), num_codes, rng)
     parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
     latents = torch.cat([net.encoder(_standard(net, embeddings, part)) for part in parts])
     net.codebooks.copy_(fit_residual_kmeans(latents, num_levels, num_codes, _INIT_ITERATIONS, how.seed))

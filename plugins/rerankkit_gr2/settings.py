@@ -17,9 +17,9 @@ class _TokenizerConfig(PluginConfig):
     last_level: Literal["nearest", "reassign", "search", "random", "uniform", "sinkhorn"] = "reassign"
     """How last codes are chosen, at export. `nearest`: as quantised, so that like items share a SID. `reassign`: where
     SIDs collide, all different at the least error (linear assignment within the prefix). `search`: likewise, but the
-    last two codes together, at less error: for crowded catalogues. `random`: GR2's random last
-    level, unused codes of the prefix first. `uniform`: the same, used or not. `sinkhorn`: LC-Rec's balanced transport
-    within the prefix. Drawn once, and kept."""
+    last two codes together, at less error: for crowded catalogues. `random`: GR2's random last level, unused codes of
+    the prefix first. `uniform`: the same, used or not. `sinkhorn`: LC-Rec's balanced transport within the prefix. Drawn
+    once, and kept."""
     random_levels: PositiveInt = 1
     """Of `random` and `uniform`: how many last levels are drawn (GR2's M)."""
     on_full: Literal["spill", "share", "refuse"] = "spill"
@@ -31,6 +31,11 @@ class _TokenizerConfig(PluginConfig):
         if self.random_levels > 1 and self.random_levels >= self.levels:
             raise ValueError(
                 f"random_levels is {self.random_levels}, and of {self.levels} levels one must say something"
+            )
+        if self.codes**self.random_levels >= 2**40:
+            raise ValueError(
+                f"random_levels is {self.random_levels}: a deck of {self.codes} ** {self.random_levels} codes is too "
+                "large; draw fewer levels"
             )
         return self
 

@@ -21,15 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rerankkit.errors import DataError, RunFailed, RunFolderError
-from rerankkit.types import Catalog, Item
+from rerankkit.types import Catalog, Item, RunInfo
 from rerankkit_gr2.collisions import LastLevel, OnFull, Settled, settle
 from rerankkit_gr2.kmeans import (
     CHUNK,
-    POINTS_PER_CODE,
     distances,
     fast_products,
     fit_residual_kmeans,
     residual_codes,
+    sample_rows,
 )
 from rerankkit_gr2.rqvae import Contrast, RqVaeNet, Training, train
 
@@ -233,11 +233,7 @@ class ResidualKMeans(_Residual):
     """[L, C, D]"""
 
     def _learn(self, catalog: Catalog) -> None:
-        rng = np.random.default_rng(self.seed)
-        rows = np.arange(len(catalog.items))
-        if len(rows) > self.codes * POINTS_PER_CODE:
-            rows = np.sort(rng.choice(rows, self.codes * POINTS_PER_CODE, replace=False))
-        points = _rows(catalog, rows)
+        points = _rows(catalog, sample_rows(len(catalog.items), self.codes, np.random.default_rng(self.seed)))
         self._fitted = fit_residual_kmeans(
             points, self.levels, self.codes, self.iterations, self.seed, balanced=self.balanced
         )
@@ -254,10 +250,6 @@ class ResidualKMeans(_Residual):
 
     def _take(self, tensors: dict[str, torch.Tensor]) -> None:
         self._fitted = tensors["codebooks"]
-
-
-def _no_bar(items: Any, **how: Any) -> Iterator[Any]:
-    return iter(items)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -284,7 +276,7 @@ class RqVae(_Residual):
     dead_code_reset: int = 50
     contrastive: float = 0.0
     contrastive_temperature: float = 0.1
-    bar: Callable[..., Iterator[Any]] = field(default=_no_bar, repr=False)
+    bar: Callable[..., Iterator[Any]] = field(default=RunInfo.progress, repr=False)
     """`RunInfo.progress`."""
     _net: RqVaeNet | None = field(default=None, init=False, repr=False)
 

@@ -36,9 +36,8 @@ def train(
 
     The loss of a step is the weighted mean of -log P over its tokens. Several processes share the rows of a batch; all
     hold the whole policy and take the same step, with the gradient of the whole batch, which is gathered in passes of
-    `info.tokens_per_pass`. `batch` must depend on the step
-    alone: that is what makes a continued run end where an undisturbed one does. Raises RunFailed when the loss is not
-    finite.
+    `info.tokens_per_pass`. `batch` must depend on the step alone: that is what makes a continued run end where an
+    undisturbed one does. Raises RunFailed when the loss is not finite.
     """
     from rerankkit.lm import sharded
 

@@ -20,6 +20,7 @@ from rerankkit.protocols import Tokenizer
 from rerankkit.types import Catalog, Item
 from rerankkit_gr2.kmeans import balanced_codes, fit_kmeans, nearest_codes
 from rerankkit_gr2.rqvae import Contrast, RqVaeNet, Training, contrastive_loss, diversity_loss, move_codes, train
+from rerankkit_gr2.settings import RqVaeConfig
 from rerankkit_gr2.tokenizer import ResidualKMeans, RqVae
 
 Make: TypeAlias = Callable[[], Tokenizer]
@@ -393,6 +394,13 @@ def test_contrast_draws_co_engaged_items_together() -> None:
         latents = torch.nn.functional.normalize(net.latents(torch.from_numpy(embeddings)), dim=1)
         near[weight] = (latents[pairs[:, 0]] * latents[pairs[:, 1]]).sum(1).mean().item()
     assert near[1.0] > near[0.0] + 0.3
+
+
+def test_decks_have_a_size() -> None:
+    with pytest.raises(ValueError, match=r"a deck of 256 \*\* 8 codes is too large"):
+        RqVaeConfig(levels=10, random_levels=8)
+    with pytest.raises(ValueError, match="of 3 levels one must say something"):
+        RqVaeConfig(levels=3, random_levels=3)
 
 
 def test_contrast_needs_pairs() -> None:
