@@ -70,6 +70,8 @@ class RerankExample:
     """In the order the pre-ranker gave, best first."""
     relevance: tuple[float, ...]
     """Graded relevance, aligned with `candidates`; 0 is irrelevant. All zero when the target is not listed."""
+    evidence: tuple[Mapping[str, int], ...] = ()
+    """Facts about each candidate that the prompt shows, by name (see `candidates.evidence`); empty if there are none."""
 
     @property
     def target_index(self) -> int | None:

@@ -15,7 +15,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -33,10 +33,10 @@ NAMES = ("rank", "next", "recent", "kind", "brand", "words", "price")
 """-log of the given position; log lift of the candidate's kind after the last item's, and mean after the two before it;
 shares of the history of the same kind and brand; mean share of the history that holds each title word; closeness to
 the usual price (minus the log ratio)."""
-PRIOR: NDArray[np.float64] = np.eye(len(NAMES))[0]
-"""Weights before any evidence: the order that was given."""
+LEADS = ("alike", "together")
+"""Evidence by which the reasoning names the leading candidate."""
 RIDGE = 1.0
-"""Strength of the pull towards PRIOR, in units of one example's log-likelihood."""
+"""Strength of the pull towards the prior, in units of one example's log-likelihood."""
 NUM_FOLDS = 5
 MAX_FIT = 4000
 """Examples that a fold's weights are learned from: seven numbers need no more."""
@@ -91,12 +91,14 @@ class Lessons:
     """What the users outside one fold taught."""
 
     weights: tuple[float, ...]
-    """Aligned with NAMES."""
+    """Aligned with NAMES, then `evidence`."""
     pairs: Pairs
     bands: tuple[float, float]
     """Prices up to the first are low, above the second high."""
     knowledge: bool = True
     """Whether sequential purchase patterns may be used (KP / noKP)."""
+    evidence: tuple[str, ...] = ()
+    """Facts that the examples bring along and prompts show; by name."""
     base: Mapping[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,7 +117,7 @@ class Lessons:
         return math.log((after[following] + SMOOTHING * base) / (after.total() + SMOOTHING) / base)
 
     def features(self, example: RerankExample, style: PromptStyle) -> NDArray[np.float64]:
-        """[C, F]: a row for each candidate, a column for each of NAMES."""
+        """[C, F]: a row for each candidate, a column for each of NAMES and of the evidence."""
         history = [see(item, style) for item in shown_history(example.history, style)]
         prices = [item.price for item in history if item.price]
         usual = math.exp(sum(map(math.log, prices)) / len(prices)) if prices else 0.0
@@ -137,7 +139,8 @@ class Lessons:
                     -abs(math.log(item.price / usual)) if item.price and usual else 0.0,
                 )
             )
-        return np.array(rows, dtype=np.float64).reshape(-1, len(NAMES))
+        facts = [[float(facts[name]) for name in self.evidence] for facts in example.evidence or [{}] * len(rows)]
+        return np.hstack([np.array(rows).reshape(-1, len(NAMES)), np.array(facts).reshape(len(rows), -1)])
 
     def scores(self, example: RerankExample, style: PromptStyle) -> NDArray[np.float64]:
         """[C], higher is better."""
@@ -173,9 +176,10 @@ def _fit_fold(fold: int, own: list[Pairs], examples: Sequence[RerankExample], st
     others = sorted(others, key=lambda e: (zlib.crc32(e.example_id.encode("utf-8", "surrogatepass")), e.example_id))
     prices = [p for e in others[:MAX_FIT] for i in e.candidates if (p := see(i, style).price)]
     bands = tuple(round(float(q), 2) for q in np.quantile(prices, [1 / 3, 2 / 3])) if prices else (0.0, 0.0)
-    lessons = Lessons(tuple(PRIOR.tolist()), pairs, (bands[0], bands[1]), style.knowledge)
+    names = tuple(examples[0].evidence[0]) if examples and examples[0].evidence else ()
+    lessons = Lessons(tuple(prior(len(names)).tolist()), pairs, (bands[0], bands[1]), style.knowledge, names)
     chosen = [(lessons.features(e, style), e.target_index) for e in others[:MAX_FIT] if e.target_index is not None]
-    return Lessons(tuple(conditional_logit(chosen).tolist()), pairs, lessons.bands, style.knowledge)
+    return replace(lessons, weights=tuple(conditional_logit(chosen, len(names)).tolist()))
 
 
 def _transitions(examples: Sequence[RerankExample], style: PromptStyle) -> Pairs:
@@ -193,18 +197,24 @@ def _transitions(examples: Sequence[RerankExample], style: PromptStyle) -> Pairs
     return pairs
 
 
-def conditional_logit(chosen: Sequence[tuple[NDArray[np.float64], int]]) -> NDArray[np.float64]:
-    """Weights [F] that maximise sum log softmax(X w)[y] over pairs (X [C, F], y), less a ridge about PRIOR.
+def prior(num_evidence: int = 0) -> NDArray[np.float64]:
+    """Weights before anything is known: the order that was given."""
+    return np.eye(len(NAMES) + num_evidence)[0]
 
-    McFadden 1974. With no pairs it is PRIOR.
+
+def conditional_logit(chosen: Sequence[tuple[NDArray[np.float64], int]], num_evidence: int = 0) -> NDArray[np.float64]:
+    """Weights [F] that maximise sum log softmax(X w)[y] over pairs (X [C, F], y), less a ridge about the prior.
+
+    McFadden 1974. With no pairs it is the prior. The last `num_evidence` columns of F follow those of NAMES.
     """
     from scipy.optimize import minimize
 
+    start = prior(num_evidence)
     if not chosen:
-        return PRIOR.copy()
+        return start
     longest = max(len(x) for x, _ in chosen)
     # [N, C, F], the target's row taken off every row: log softmax(y) = -logsumexp(differences)
-    differences = np.zeros((len(chosen), longest, len(NAMES)))
+    differences = np.zeros((len(chosen), longest, len(start)))
     keep = np.zeros((len(chosen), longest), dtype=bool)
     for n, (x, y) in enumerate(chosen):
         differences[n, : len(x)] = x - x[y]
@@ -215,11 +225,11 @@ def conditional_logit(chosen: Sequence[tuple[NDArray[np.float64], int]]) -> NDAr
         peak = logits.max(axis=1, keepdims=True)
         p = np.exp(logits - peak)
         total = p.sum(axis=1, keepdims=True)
-        value = float((np.log(total) + peak).sum()) + 0.5 * RIDGE * float((w - PRIOR) @ (w - PRIOR))
-        slope: NDArray[np.float64] = np.einsum("nc,ncf->f", p / total, differences) + RIDGE * (w - PRIOR)
+        value = float((np.log(total) + peak).sum()) + 0.5 * RIDGE * float((w - start) @ (w - start))
+        slope: NDArray[np.float64] = np.einsum("nc,ncf->f", p / total, differences) + RIDGE * (w - start)
         return value, slope
 
-    found: NDArray[np.float64] = minimize(loss, PRIOR, jac=True, method="L-BFGS-B").x
+    found: NDArray[np.float64] = minimize(loss, start, jac=True, method="L-BFGS-B").x
     return found
 
 
@@ -286,11 +296,24 @@ def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -
         band if band and lessons.band([item.price] if item.price else []) == band else "",
     ]
     sid = request.surface.text(request.example.candidates[choice].sid)
+    if request.example.evidence:
+        return _weighed(request, choice, sid)
     return phrasing.format(
         pattern=", ".join(filter(None, [brand, spelled, band])) or "mixed",
         next=_next(history, item, lessons),
         match=", ".join([sid, *filter(None, shared)]) if any(shared) or choice else f"{sid}, listed first",
     )
+
+
+def _weighed(request: Request, choice: int, sid: str) -> str:
+    """Who leads by which evidence, then the choice and what speaks for it."""
+    evidence, candidates = request.example.evidence, request.example.candidates
+    leads = []
+    for name in (name for name in LEADS if name in evidence[0]):
+        values = [facts[name] for facts in evidence]
+        leads.append(f"most {name}: {request.surface.text(candidates[values.index(max(values))].sid)}.")
+    known = " ".join(f"{name} {value}" for name, value in evidence[choice].items() if value)
+    return " ".join([*leads, f"best: {sid} {known}".rstrip() + "."])
 
 
 def _next(history: Sequence[Seen], item: Seen, lessons: Lessons) -> str:
@@ -320,7 +343,11 @@ def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | No
     path = work / f"features-{zlib.crc32(repr(style).encode()):08x}.json"
     if not path.is_file():
         kept: list[dict[str, Any]] = [
-            {"weights": dict(zip(NAMES, one.weights, strict=True)), "pairs": one.pairs, "bands": one.bands}
+            {
+                "weights": dict(zip((*NAMES, *one.evidence), one.weights, strict=True)),
+                "pairs": one.pairs,
+                "bands": one.bands,
+            }
             for one in fit(examples, style)
         ]
         work.mkdir(parents=True, exist_ok=True)
@@ -332,10 +359,11 @@ def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | No
         aside.replace(path)
     return [
         Lessons(
-            tuple(one["weights"][name] for name in NAMES),
+            tuple(one["weights"].values()),
             {kind: Counter(following) for kind, following in one["pairs"].items()},
             (one["bands"][0], one["bands"][1]),
             style.knowledge,
+            tuple(one["weights"])[len(NAMES) :],
         )
         for one in json.loads(path.read_text(encoding="utf-8"))
     ]

@@ -39,6 +39,8 @@ class CandidateList:
     """Aligned with `candidates`; 1 for the target unless the lists came with grades of their own."""
     target: str
     """The item engaged with at `step`, in the list or not."""
+    evidence: tuple[Mapping[str, int], ...] = ()
+    """Aligned with `candidates`: facts for the prompt, by name; empty if the run looks none up."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class CandidateLists:
                 tuple(items_by_id[item_id] for item_id in one.history),
                 tuple(items_by_id[item_id] for item_id in one.candidates),
                 one.relevance,
+                one.evidence,
             )
             for one in self.of(split)
             if not only_with_target or any(grade > 0 for grade in one.relevance)
@@ -151,6 +154,9 @@ class CandidateLists:
             "relevance": pa.array([list(one.relevance) for one in self.lists], floats),
             "target": pa.array([one.target for one in self.lists], pa.string()),
         }
+        if names := sorted({name for one in self.lists for facts in one.evidence for name in facts}):
+            kind = pa.list_(pa.struct({name: pa.int64() for name in names}))
+            columns["evidence"] = pa.array([list(map(dict, one.evidence)) for one in self.lists], kind)
         pq.write_table(pa.table(columns), folder / "lists.parquet")
         facts = {"digest": self.digest, "made_by": dict(self.made_by), "notes": dict(self.notes)}
         text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
@@ -160,7 +166,13 @@ class CandidateLists:
     def load(cls, folder: Path) -> CandidateLists:
         """Take back what `save` wrote; DataError if the lists are not the ones that were hashed."""
         rows = pq.read_table(folder / "lists.parquet").to_pylist()
-        many = ("history", "candidates", "scores", "relevance")
+        many = (
+            "history",
+            "candidates",
+            "scores",
+            "relevance",
+            *(["evidence"] if rows and "evidence" in rows[0] else []),
+        )
         facts = json.loads((folder / "lists.json").read_text(encoding="utf-8"))
         lists = tuple(CandidateList(**{**row, **{name: tuple(row[name]) for name in many}}) for row in rows)
         loaded = cls(lists, facts["made_by"], facts["notes"])

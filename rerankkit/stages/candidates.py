@@ -58,6 +58,11 @@ def make_candidates(
         max_users={split: limit for split, limit in limits.items() if limit is not None},
         seed=info.seed,
     )
+    if config.evidence:
+        from rerankkit.data.evidence import Evidence
+
+        refit = config.refit if isinstance(config, KnnLists | PopularityLists) else True
+        lists = Evidence(dataset, config.evidence, refit=refit).attached(lists)
     longest = max((len(one.candidates) for one in lists), default=0)
     if longest < config.size:
         advice = f"set candidates.size = {longest}, or " if longest >= 2 else ""

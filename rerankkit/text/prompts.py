@@ -82,6 +82,18 @@ def item_line(item: Item, surface: SidSurface, style: PromptStyle) -> str:
     return f"{surface.text(item.sid)} {words}".rstrip()
 
 
+def candidate_line(example: RerankExample, place: int, surface: SidSurface, style: PromptStyle) -> str:
+    """A candidate on one line: its item line, after what the lists know about it: `1 alike 7 brand 2 <sid> title`.
+
+    Evidence comes before the SID: a causal model then knows it where it reads the SID, and need not look back twice.
+    """
+    line = item_line(example.candidates[place], surface, style)
+    if not example.evidence:
+        return line
+    facts = "".join(f"{name} {value} " for name, value in example.evidence[place].items() if value)
+    return f"{place + 1} {facts}{line}"
+
+
 def shown_history(history: Sequence[Item], style: PromptStyle) -> Sequence[Item]:
     """The latest items, those that a prompt shows."""
     return history[max(0, len(history) - style.max_history) :]
@@ -130,7 +142,7 @@ def rerank_messages(example: RerankExample, surface: SidSurface, style: PromptSt
         "History:",
         *(item_line(item, surface, style) for item in shown_history(example.history, style)),
         "Candidates:",
-        *(item_line(item, surface, style) for item in example.candidates),
+        *(candidate_line(example, place, surface, style) for place in range(len(example.candidates))),
         "Rerank.",
     ]
     return [{"role": "system", "content": _system(style)}, {"role": "user", "content": "\n".join(lines)}]

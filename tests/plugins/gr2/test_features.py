@@ -14,7 +14,7 @@ from rerankkit.text.answers import parse_answer
 from rerankkit.text.prompts import PromptStyle, answer_parts
 from rerankkit.types import Item, Parse, RerankExample, RunInfo, SidSurface, Trace
 from rerankkit_gr2.asks import Request
-from rerankkit_gr2.features import PRIOR, FeatureBackend, Lessons, answer, conditional_logit, fit, fold_of, see
+from rerankkit_gr2.features import FeatureBackend, Lessons, answer, conditional_logit, fit, fold_of, prior, see
 from rerankkit_gr2.teacher import RejectionSampling, Targeted, acceptance_by_position
 
 STYLE = PromptStyle()
@@ -58,7 +58,7 @@ def test_conditional_logit_finds_the_weights_that_made_the_choices() -> None:
     found = conditional_logit([(x[n], int(y[n])) for n in range(3000)])
     # standard errors are about 1 / sqrt(3000 * variance of the chosen row's features), below .05
     assert np.abs(found - true).max() < 0.2
-    assert (conditional_logit([]) == PRIOR).all()
+    assert (conditional_logit([]) == prior()).all()
 
 
 def test_only_what_the_style_shows_is_seen() -> None:
@@ -73,7 +73,7 @@ def test_only_what_the_style_shows_is_seen() -> None:
 
 def test_lift_by_hand() -> None:
     # a -> b three times, c -> b once, c -> d twice: base rates (with one added to each) b 5/8, d 3/8
-    lessons = Lessons(tuple(PRIOR), {"a": Counter(b=3), "c": Counter(b=1, d=2)}, (0.0, 0.0))
+    lessons = Lessons(tuple(prior()), {"a": Counter(b=3), "c": Counter(b=1, d=2)}, (0.0, 0.0))
     # smoothing is worth 5 transitions: (3 + 5 * 5/8) / (3 + 5) / (5/8) = 6.125 / 8 / .625
     assert lessons.lift("a", "b") == pytest.approx(np.log(6.125 / 8 / 0.625))
     assert lessons.lift("a", "d") < 0 < lessons.lift("c", "d")
@@ -160,7 +160,7 @@ def _steps(trace: Trace) -> list[str]:
 
 def test_reads_as_intended() -> None:
     pairs = {"Shampoo": Counter(Conditioner=9, Gel=1), "Gel": Counter(Comb=9)}
-    lessons = Lessons(tuple(PRIOR), pairs, (10.0, 20.0))
+    lessons = Lessons(tuple(prior()), pairs, (10.0, 20.0))
     history = (thing(3, 0), thing(0, 0))  # Norda Gel, Norda Shampoo; 5 dollars each
     example = RerankExample("e", "u", history, (thing(2, 1), thing(1, 0)), (0.0, 1.0))
     texts = {
@@ -195,3 +195,29 @@ def test_strange_examples_are_answered() -> None:
     answers = list(Targeted(FeatureBackend(), style=ALL).write(examples, RunInfo()))
     assert [isinstance(one, Trace) for one in answers] == [True, True]
     assert all(len(SidSurface().find(a.reasoning)) == 1 and "im_end|" not in a.reasoning for a in answers)  # type: ignore[union-attr]
+
+
+def test_evidence_is_weighed_and_cited() -> None:
+    random = np.random.default_rng(1)
+    examples = []
+    for number in range(600):
+        alike = random.integers(0, 10, size=4)
+        target = int(np.argmax(0.8 * alike + random.gumbel(size=4)))
+        examples.append(
+            RerankExample(
+                f"e{number}",
+                f"u{number}",
+                (thing(0, 0),),
+                tuple(thing(place, 1) for place in range(4)),
+                tuple(float(place == target) for place in range(4)),
+                tuple({"alike": int(value), "brand": 0} for value in alike),
+            )
+        )
+    lessons = fit(examples, PromptStyle(fields=()))[0]
+    assert lessons.evidence == ("alike", "brand")
+    assert lessons.weights[-2] == pytest.approx(0.8, abs=0.15)  # the one that made the choices
+    example = replace(examples[0], evidence=tuple({"alike": value, "brand": int(value > 8)} for value in (2, 9, 0, 0)))
+    reply = answer(Request(example, PromptStyle(fields=()), SidSurface(), 0.0, 0), lessons)
+    first, second = (SidSurface().text(item.sid) for item in example.candidates[:2])
+    assert reply.order[0] == 1 and reply.reasoning == f"most alike: {second}. best: {second} alike 9 brand 1."
+    assert first not in reply.reasoning
