@@ -129,7 +129,7 @@ class _Lists(Block):
     evidence: tuple[Literal["alike", "last", "together", "brand", "kind"], ...] = ()
     """Facts about each candidate that prompts show before its SID: text `alike` one of the last three items' or the
     `last` one's (0 to 9), users who bought it `together` with them (log2), how many share its `brand`, how many levels
-    of its category (`kind`) the last one shares. Looked up without anything the user did at the listed step or later."""
+    of its category (`kind`) the last one shares. Looked up without what the user did at the listed step or later."""
     max_train: PositiveInt | None = None
     """Training lists of at most this many users (a seeded sample); none means all."""
     max_valid: PositiveInt | None = None

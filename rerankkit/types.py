@@ -71,7 +71,7 @@ class RerankExample:
     relevance: tuple[float, ...]
     """Graded relevance, aligned with `candidates`; 0 is irrelevant. All zero when the target is not listed."""
     evidence: tuple[Mapping[str, int], ...] = ()
-    """Facts about each candidate that the prompt shows, by name (see `candidates.evidence`); empty if there are none."""
+    """Facts about each candidate that the prompt shows, by name (see `candidates.evidence`); empty without any."""
 
     @property
     def target_index(self) -> int | None:

@@ -199,7 +199,7 @@ def _transitions(examples: Sequence[RerankExample], style: PromptStyle) -> Pairs
 
 def prior(num_evidence: int = 0) -> NDArray[np.float64]:
     """Weights before anything is known: the order that was given."""
-    return np.eye(len(NAMES) + num_evidence)[0]
+    return np.array([1.0, *[0.0] * (len(NAMES) - 1 + num_evidence)])
 
 
 def conditional_logit(chosen: Sequence[tuple[NDArray[np.float64], int]], num_evidence: int = 0) -> NDArray[np.float64]:

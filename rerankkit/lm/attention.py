@@ -156,9 +156,9 @@ class _TwoPart(torch.autograd.Function):
         grad_q, grad_k, grad_v = (torch.empty(places, *shape, device=q.device).movedim(0, -2) for shape in shapes)
         for start, stop, first, last, mask in _pieces(ctx.layout, q):
             own, seen = slice(start, stop), slice(first, last)
-            states = grad[:, :, own], q[:, :, own], k[:, :, seen], v[:, :, seen], out[:, :, own]
+            states: tuple[Tensor, ...] = grad[:, :, own], q[:, :, own], k[:, :, seen], v[:, :, seen], out[:, :, own]
             if stop - start <= _SHORT:
-                states, mask = tuple(x.float() for x in states), None if mask is None else mask.float()
+                states, mask = tuple(x.float() for x in states), mask if mask is None else mask.float()
             some_q, some_k, some_v = _CPU._scaled_dot_product_flash_attention_for_cpu_backward(
                 *states, total[:, :, own], 0.0, mask is None and start == first, attn_mask=mask, scale=ctx.scale
             )

@@ -82,7 +82,7 @@ def test_survives_saving_and_leaves_the_digest_alone(shop: Dataset, tmp_path: ob
 def test_no_texts_and_strangers_are_no_error(make: Make) -> None:
     dataset = make({"u1": "abcd", "u2": "abcd"})
     bare = replace(dataset, items=tuple(Item(item.item_id, "") for item in dataset.items))
-    assert Evidence(bare, ALL).about([()], [("a", "b")]) == [({name: 0 for name in ALL},) * 2]
+    assert Evidence(bare, ALL).about([()], [("a", "b")]) == [(dict.fromkeys(ALL, 0),) * 2]
     assert Evidence(bare, ALL).about([], []) == []
 
 
