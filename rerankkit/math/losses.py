@@ -35,9 +35,9 @@ class LossSettings:
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
-    clip_dual: float | None = None
+    clip_dual: float = 0.0
     """Where A < 0 the ratio counts as at most this, which lies above 1 + clip_high (Ye et al. 2020, 1912.09729, eq. 5):
-    otherwise nothing bounds the step away. None is off; surrogate "clipped" only."""
+    otherwise nothing bounds the step away. 0 is off; surrogate "clipped" only."""
     aggregate: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens; mean over rollouts of their token means; or mean over rollouts of token sum / constant."""
     constant: float | None = None
@@ -64,7 +64,7 @@ class LossSettings:
             raise ValueError(f"clip_low and clip_high must not be negative, not {self.clip_low} and {self.clip_high}")
         if self.constant is not None and self.constant <= 0:
             raise ValueError(f"constant must be positive, not {self.constant}")
-        if self.clip_dual is not None and (self.surrogate != "clipped" or self.clip_dual <= 1 + self.clip_high):
+        if self.clip_dual and (self.surrogate != "clipped" or self.clip_dual <= 1 + self.clip_high):
             raise ValueError(
                 f"clip_dual: {self.clip_dual} must lie above 1 + clip_high = {1 + self.clip_high}, "
                 'and needs surrogate = "clipped"'
@@ -162,7 +162,7 @@ def policy_loss(
         objective = clipped.detach() * token_advantages * logps
     else:
         objective = torch.minimum(ratio * token_advantages, clipped * token_advantages)
-        if settings.clip_dual is not None:
+        if settings.clip_dual:
             floor = torch.where(token_advantages < 0, settings.clip_dual * token_advantages, -torch.inf)
             objective = torch.maximum(objective, floor)
     if settings.kl_weight and ref_logps is not None:
@@ -256,6 +256,6 @@ def _stats(log_ratio: Tensor, ratio: Tensor, advantages: Tensor, settings: LossS
         "clip_ratio/high_mean": high.sum(),
         "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
     }
-    if settings.clip_dual is not None:
+    if settings.clip_dual:
         sums["clip_ratio/dual_mean"] = ((ratio > settings.clip_dual) & (advantages < 0)).sum()
     return {**{name: float(value) / max(num, 1) for name, value in sums.items()}, "num_tokens": float(num)}
