@@ -304,9 +304,10 @@ class GroupOptimizer:
             ref_logps = self._reference_logps(reference, some, prompt_ids, info)
             away = kl_estimates(_sampled_logps(some, ref_logps.device), ref_logps, "k3")
             kl = float(away.sum()) / max(1, sum(map(_num_chosen, some[0])))
+        clips = ("low", "high", "dual") if self.loss.clip_dual else ("low", "high")
         zero = ("loss", "grad_norm", "approx_kl", "logp_gap", "logp_gap_max", "num_updates")
         return {
-            **dict.fromkeys((*zero, "clip_ratio/low_mean", "clip_ratio/high_mean"), 0.0),
+            **dict.fromkeys((*zero, *(f"clip_ratio/{name}_mean" for name in clips)), 0.0),
             "ratio_mean": 1.0,
             "entropy": -sum(logp for rollout in rollouts for logp in rollout.logps) / max(1, chosen),
             "kl": kl,
@@ -402,9 +403,7 @@ def _joined(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
         **{name: sum(one[name] for one in passes) / count for name in ("entropy", "logp_gap")},
         "logp_gap_max": max(one["logp_gap_max"] for one in passes),
         "kl": means.get("kl", means["approx_kl"]),
-        **{
-            name: means[name] for name in means if name in ("ratio_mean", "approx_kl") or name.startswith("clip_ratio/")
-        },
+        **{name: means[name] for name in means if name.startswith(("ratio_mean", "approx_kl", "clip_ratio/"))},
     }
 
 
@@ -423,6 +422,7 @@ def _describe(judged: Sequence[Judged]) -> dict[str, float]:
         for name, value in outcome.parts.items():
             parts.setdefault(name, []).append(value)
     count = len(rollouts)
+    copied = sum(r.ranking.order == r.shown and r.ranking.parse is not Parse.FAILED for r in rollouts)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     return {
         "reward": fmean(outcome.value for outcome in rewards) if rewards else math.nan,
@@ -434,6 +434,6 @@ def _describe(judged: Sequence[Judged]) -> dict[str, float]:
         "identity_rate": sum(r.ranking.identity and r.ranking.parse is not Parse.FAILED for r in rollouts) / count,
         "first_kept_rate": sum(r.ranking.order[0] == 0 for r in rollouts) / count,
         "kendall_tau": fmean(kendall_tau(r.ranking.order) for r in rollouts),
-        **({"copied_rate": sum(r.ranking.order == r.shown for r in rollouts) / count} if rollouts[0].shown else {}),
+        **({"copied_rate": copied / count} if rollouts[0].shown else {}),
         "invalid_rate": sum(r.ranking.parse is not Parse.OK for r in rollouts) / count,
     }

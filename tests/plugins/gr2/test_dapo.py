@@ -329,7 +329,14 @@ def test_every_step_logs_the_same_things(policy: Policy) -> None:
         outcome = next(judged)
         return [outcome or Reward(float(i)) for i in range(len(rollouts))]
 
-    plan = {"steps": 2, "max_resampling": 2, "prompts_per_step": 1, "max_logp_gap": 1.0, "kl_weight": 0.1}
+    plan = {
+        "steps": 2,
+        "max_resampling": 2,
+        "prompts_per_step": 1,
+        "max_logp_gap": 1.0,
+        "kl_weight": 0.1,
+        "clip_dual": 3.0,
+    }
     nothing, something = steps(policy, third_time_lucky, **plan)
     assert (nothing.metrics["num_updates"], something.metrics["num_updates"]) == (0, 1)
     kept = {name for name in something.metrics if not name.startswith("time/")}
