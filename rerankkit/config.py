@@ -331,6 +331,9 @@ class Sft(Schedule):
     """Loss weight of reasoning tokens (GR2's lambda_r; its value is not known, this one is ours)."""
     ranking_weight: NonNegativeFloat = 1.0
     """Loss weight of ranking tokens (GR2's lambda_o; likewise)."""
+    shuffle_candidates: bool = False
+    """List the candidates of each trace's prompt in an order drawn once: a guard against position bias, which takes
+    from the policy what the given order tells. Reasoning that speaks of places becomes wrong."""
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:
