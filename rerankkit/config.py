@@ -197,6 +197,9 @@ class Prompt(Block):
     """Knowledge priming (KP): mention that purchases follow sequences."""
     terse: bool = False
     """One line of instruction in place of the full one, for small policies."""
+    cite: Literal["sid", "place"] = "sid"
+    """How answers name candidates: by SID, as GR2 does, or by place in the list (`<c_1>`), which small policies learn
+    much sooner."""
 
 
 class _Policy(Block):

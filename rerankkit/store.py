@@ -195,7 +195,8 @@ class RunFolder:
                 file.write(json.dumps({"stage": stage, **metrics}) + "\n")
             self.track({f"{stage}/{key}": value for key, value in metrics.items()})
 
-        surface, precision = SidSurface(), self.config.policy.precision
+        places = self.config.candidates.size if self.config.policy.prompt.cite == "place" else 0
+        surface, precision = SidSurface(places=places), self.config.policy.precision
         told: dict[str, Any] = {}
         if processes.is_main():
             told = {"log": log} if self.progress is None else {"log": log, "progress": self.progress}

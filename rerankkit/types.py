@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
+from rerankkit.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -80,9 +82,10 @@ class RerankExample:
         return best if best is not None and self.relevance[best] > 0 else None
 
     def in_order(self, order: Sequence[int]) -> RerankExample:
-        """The same ask with other places: candidate i is what stood at `order[i]`, and relevance goes with it."""
+        """The same ask with other places: candidate i is what stood at `order[i]`, and all that is aligned goes with it."""
         candidates, relevance = tuple(self.candidates[i] for i in order), tuple(self.relevance[i] for i in order)
-        return replace(self, candidates=candidates, relevance=relevance)
+        evidence = tuple(self.evidence[i] for i in order) if self.evidence else ()
+        return replace(self, candidates=candidates, relevance=relevance, evidence=evidence)
 
 
 class Parse(StrEnum):
@@ -208,6 +211,24 @@ class SidSurface:
     end: str = "<|sid_end|>"
     prefix: str = "s"
     """The first letters of every level token."""
+    places: int = 0
+    """If not 0, candidates are cited by their place in the prompt, `<c_1>` to as many as this, and not by their SIDs:
+    ten tokens that every example has are sooner learned than ten thousand that few have."""
+
+    def names(self, example: RerankExample) -> list[str]:
+        """What each candidate is called in a prompt that shows them in the example's order, and in its answer."""
+        if not self.places:
+            return [self.text(item.sid) for item in example.candidates]
+        if len(example.candidates) > self.places:
+            raise UsageError(
+                f"{example.example_id}: {len(example.candidates)} candidates, but the policy cites them by place and "
+                f"knows {self.places} places; give shorter lists, or train with candidates.size that large."
+            )
+        return [self.place(place) for place in range(len(example.candidates))]
+
+    def place(self, place: int) -> str:
+        """`<c_1>` for the first candidate, place 0."""
+        return f"<c_{place + 1}>"
 
     def token(self, level: int, code: int) -> str:
         """`<s_a_57>` for level 0 and code 57."""
@@ -220,17 +241,27 @@ class SidSurface:
     def tokens(self, codebook_sizes: Sequence[int]) -> list[str]:
         """Every token that SIDs over these codebooks need, in a fixed order."""
         codes = [self.token(level, code) for level, size in enumerate(codebook_sizes) for code in range(size)]
-        return [self.begin, self.end, *codes]
+        return [self.begin, self.end, *codes, *map(self.place, range(self.places))]
 
     def find(self, text: str) -> list[Sid]:
         """Every well-formed SID in `text`, in order of appearance."""
+        return [sid for sid, _ in self._cited(text) if sid]
+
+    def citations(self, text: str) -> list[str]:
+        """Every well-formed SID, and every place if they are in use, as they are spelled, in order of appearance."""
+        return [spelled for _, spelled in self._cited(text)]
+
+    def _cited(self, text: str) -> list[tuple[Sid, str]]:
         level = rf"<{re.escape(self.prefix)}_([a-z])_(\d{{1,9}})>"
         whole = re.escape(self.begin) + rf"((?:{level})+)" + re.escape(self.end)
-        found = []
-        for match in re.finditer(whole, text):
-            codes = re.findall(level, match.group(1))
-            if [letter for letter, _ in codes] == [chr(ord("a") + i) for i in range(len(codes))]:
-                found.append(tuple(int(code) for _, code in codes))
+        found: list[tuple[Sid, str]] = []
+        for match in re.finditer(rf"{whole}|<c_\d{{1,9}}>" if self.places else whole, text):
+            codes = re.findall(level, match.group(1) or "")
+            if codes and [letter for letter, _ in codes] == [chr(ord("a") + i) for i in range(len(codes))]:
+                sid = tuple(int(code) for _, code in codes)
+                found.append((sid, self.text(sid)))
+            elif not codes:
+                found.append(((), match.group()))
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.text.answers import RANKING_KEY, parse_answer
 from rerankkit.text.prompts import rerank_messages
-from rerankkit.types import RerankExample, Rollout, RunInfo
+from rerankkit.types import Parse, RerankExample, Rollout, RunInfo
 
 
 def ask(
@@ -74,12 +75,16 @@ def as_rollout(
 ) -> Rollout:
     """A sample, taken apart."""
     text = policy.decode(sample.token_ids)
-    answer = parse_answer(text, example, policy.surface)
+    by_place = bool(shown and policy.surface.places)
+    answer = parse_answer(text, example.in_order(shown) if by_place else example, policy.surface)
+    ranking = answer.ranking
+    if by_place and ranking.parse is not Parse.FAILED:  # that one's order is the given one as it is
+        ranking = replace(ranking, order=tuple(shown[place] for place in ranking.order))
     return Rollout(
         example=example,
         text=text,
         reasoning=answer.reasoning,
-        ranking=answer.ranking,
+        ranking=ranking,
         token_ids=sample.token_ids,
         logps=sample.logps,
         allowed_ids=sample.allowed,

@@ -13,7 +13,7 @@ from torch import Tensor
 from rerankkit.errors import UsageError
 from rerankkit.lm.policy import Policy
 from rerankkit.text.prompts import CLOSING, HEAD, OPENING, SEPARATOR
-from rerankkit.types import RerankExample
+from rerankkit.types import Item, RerankExample
 
 Allowed: TypeAlias = tuple[int, ...] | None
 """The ids that a token was drawn from; None is reasoning: the vocabulary but for `AnswerPieces.barred_ids`. A token
@@ -163,7 +163,7 @@ def answer_mask(policy: Policy, example: RerankExample, max_new_tokens: int) -> 
 
     Raises UsageError if not even the list fits, ValueError for an example without candidates.
     """
-    spellings = tuple(tuple(policy.sid_ids(item.sid)) for item in example.candidates)
+    spellings = tuple(map(tuple, policy.name_ids(example)))
     mask = AnswerMask(answer_pieces(policy), spellings, 0)
     if mask.num_fixed_tokens > max_new_tokens:
         raise UsageError(
@@ -187,8 +187,9 @@ _PIECES: WeakKeyDictionary[Policy, tuple[object, AnswerPieces]] = WeakKeyDiction
 
 def _answer_pieces(policy: Policy) -> AnswerPieces:
     # Cut from one whole list, because some tokenizers spell the beginning of a text unlike its middle.
-    sid = (0,) * len(policy.codebook_sizes)
-    text, spelling = policy.surface.text(sid), policy.sid_ids(sid)
+    some = Item("", "", sid=(0,) * len(policy.codebook_sizes))
+    example = RerankExample("", "", (), (some,), (0.0,))
+    (text,), (spelling,) = policy.surface.names(example), policy.name_ids(example)
     opening, separator, closing = _split(policy.encode(f"{OPENING}{text}{SEPARATOR}{text}{CLOSING}"), spelling)
     tokenizer = policy.text_tokenizer
     barred = {

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from rerankkit.errors import DataError, UsageError
-from rerankkit.types import SidSurface
+from rerankkit.types import RerankExample, SidSurface
 
 if TYPE_CHECKING:
     from rerankkit.text.prompts import PromptStyle
@@ -134,12 +134,21 @@ class Policy:
             *(self.surface.token(level, code) for level, code in enumerate(sid)),
             self.surface.end,
         ]
+        return self._added_ids(words, f"sid {tuple(sid)}")
+
+    def name_ids(self, example: RerankExample) -> list[list[int]]:
+        """The tokens of each candidate's name in an answer: its SID, or its place."""
+        if self.surface.places:
+            return [self._added_ids([name], example.example_id) for name in self.surface.names(example)]
+        return [self.sid_ids(item.sid) for item in example.candidates]
+
+    def _added_ids(self, words: Sequence[str], what: str) -> list[int]:
         vocabulary = self.text_tokenizer.get_added_vocab()
         missing = [word for word in words if word not in vocabulary]
         if missing:
             raise DataError(
-                f"sid {tuple(sid)}: {missing[0]} is not in the policy's vocabulary; it was extended for codebook sizes "
-                f"{self.codebook_sizes}. Extend the policy for the tokenizer that drew this SID."
+                f"{what}: {missing[0]} is not in the policy's vocabulary; it was extended for codebook sizes "
+                f"{self.codebook_sizes} and {self.surface.places} places. Extend it for the tokenizer that drew this SID."
             )
         return [vocabulary[word] for word in words]
 

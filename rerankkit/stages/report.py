@@ -152,9 +152,9 @@ def example_card(
     `answers` is system -> (reasoning, ranking), in the order of the columns; at most the last `show` history items.
     """
     texts = {surface.text(item.sid): {"text": _title(item), "given": 0} for item in example.history if item.sid}
-    for position, item in enumerate(example.candidates, start=1):
+    for position, (item, name) in enumerate(zip(example.candidates, surface.names(example), strict=True), start=1):
         if item.sid:
-            texts[surface.text(item.sid)] = {"text": _title(item), "given": position}
+            texts[surface.text(item.sid)] = texts[name] = {"text": _title(item), "given": position}
     target = example.target_index
     shown = []
     for name, (reasoning, ranking) in answers.items():

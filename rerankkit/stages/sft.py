@@ -49,7 +49,9 @@ def fine_tune(
             trace_sequence(
                 policy,
                 rerank_messages(example.in_order(shown), policy.surface, policy.style),
-                *answer_parts(trace.reasoning, trace.order, example, policy.surface),
+                *answer_parts(
+                    trace.reasoning, [shown.index(i) for i in trace.order], example.in_order(shown), policy.surface
+                ),
                 config.reasoning_weight,
                 config.ranking_weight,
             )

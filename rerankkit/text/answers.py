@@ -58,10 +58,10 @@ def _well_formed(text: str) -> tuple[str, list[str]] | None:
 
 
 def _positions(example: RerankExample, surface: SidSurface) -> dict[str, list[int]]:
-    """Positions of the candidates that each SID's text stands for, first to last."""
+    """Positions of the candidates that each name stands for, first to last."""
     positions = defaultdict(list)
-    for i, item in enumerate(example.candidates):
-        positions[surface.text(item.sid)].append(i)
+    for i, name in enumerate(surface.names(example)):
+        positions[name].append(i)
     return dict(positions)
 
 
@@ -88,11 +88,11 @@ def _salvage(listed: str | None, well_formed: bool, example: RerankExample, surf
     known = frozenset(left)
     order: list[int] = []
     strangers = repeats = 0
-    for sid in map(surface.text, surface.find(listed)):
-        if left.get(sid):
-            order.append(left[sid].pop(0))
+    for name in surface.citations(listed):
+        if left.get(name):
+            order.append(left[name].pop(0))
         else:
-            strangers, repeats = strangers + (sid not in known), repeats + (sid in known)
+            strangers, repeats = strangers + (name not in known), repeats + (name in known)
     if not order:
         return Ranking(same, Parse.FAILED, f"no candidate after the last {RANKING_KEY} key")
     missing = [i for i in same if i not in set(order)]

@@ -85,13 +85,16 @@ def item_line(item: Item, surface: SidSurface, style: PromptStyle) -> str:
 def candidate_line(example: RerankExample, place: int, surface: SidSurface, style: PromptStyle) -> str:
     """A candidate on one line: its item line, after what the lists know about it: `1 alike 7 brand 2 <sid> title`.
 
-    Evidence comes before the SID: a causal model then knows it where it reads the SID, and need not look back twice.
+    Facts that are 0 are left out. Evidence comes before the SID, and the place by which a candidate is cited last
+    (`alike 7 brand 2 <sid> title <c_1>`): a causal model knows there all that the line says, and need not look twice.
     """
     line = item_line(example.candidates[place], surface, style)
-    if not example.evidence:
-        return line
-    facts = "".join(f"{name} {value} " for name, value in example.evidence[place].items() if value)
-    return f"{place + 1} {facts}{line}"
+    facts = ""
+    if example.evidence:
+        facts = "".join(f"{name} {value} " for name, value in example.evidence[place].items() if value)
+    if surface.places:
+        return f"{facts}{line} {surface.names(example)[place]}"
+    return f"{place + 1} {facts}{line}" if example.evidence else line
 
 
 def shown_history(history: Sequence[Item], style: PromptStyle) -> Sequence[Item]:
@@ -173,15 +176,18 @@ HEAD, OPENING, SEPARATOR, CLOSING = '{"explanation": "', '", "recommendations": 
 def clean_reasoning(reasoning: str, example: RerankExample, surface: SidSurface) -> str:
     """`reasoning` made safe like any untrusted text, except that SIDs of the example's own items stay as they are.
 
-    SIDs of anything else are dropped: nobody could check them.
+    SIDs of anything else are dropped: nobody could check them. Where candidates are cited by place, their SIDs become
+    places.
     """
-    own = {surface.text(item.sid) for item in (*example.history, *example.candidates)}
+    names = surface.names(example)
+    own = {text: text for text in (*(surface.text(item.sid) for item in example.history), *names)}
+    own |= {surface.text(item.sid): name for item, name in zip(example.candidates, names, strict=True)}
     done, rest = "", reasoning
-    for sid in map(surface.text, surface.find(reasoning)):
-        before, found, after = rest.partition(sid)
+    for cited in surface.citations(reasoning):
+        before, found, after = rest.partition(cited)
         if found:  # <s_a_007> is found as 7, but 7's own text is not there: it stays in `rest`, and clean() takes it
             done, rest = _join(done, clean(before)), after
-            done = _join(done, sid if sid in own else "")
+            done = _join(done, own.get(cited, ""))
     return _join(done, clean(rest))
 
 
@@ -196,8 +202,9 @@ def answer_parts(reasoning: str, order: Sequence[int], example: RerankExample, s
     Joined they are one JSON object `{"explanation": "...", "recommendations": ["<sid>", ...]}`. The second part starts
     at the quote that closes the explanation, so the `recommendations` key weighs as ranking.
     """
-    sids = [surface.text(example.candidates[i].sid) for i in order]
-    return HEAD + clean_reasoning(reasoning, example, surface), OPENING + SEPARATOR.join(sids) + CLOSING
+    names = surface.names(example)
+    ranking = SEPARATOR.join(names[i] for i in order)
+    return HEAD + clean_reasoning(reasoning, example, surface), OPENING + ranking + CLOSING
 
 
 # --- mid-training --------------------------------------------------------------------------------------------------

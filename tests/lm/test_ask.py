@@ -165,3 +165,24 @@ def test_the_boundary_is_the_token_in_which_the_last_key_begins(text: str) -> No
 def test_sizes_that_make_no_sense_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match="group_size"):
         asked([example()], group_size=size)
+
+
+def test_by_place_answers_speak_of_what_the_prompt_shows() -> None:
+    policy = make_policy()
+    policy.style = POLICY.style
+    policy.extend(policy.codebook_sizes, replace(policy.surface, places=3), seed=0)
+    plan: dict[str, Any] = {"group_size": 4, "max_new_tokens": 60, "temperature": 1.0, "info": RunInfo(seed=3)}
+    rollouts = ask(policy, [example(name) for name in "abc"], shuffle=True, **plan)
+    assert any(rollout.shown != (0, 1, 2) for rollout in rollouts)
+    for rollout in rollouts:
+        named = [int(name[3:-1]) - 1 for name in policy.surface.citations(rollout.text)[-3:]]
+        assert rollout.ranking.parse is Parse.OK
+        assert rollout.ranking.order == tuple(rollout.shown[place] for place in named)
+    prompt = policy.decode(prompt_of(policy, example(), (2, 0, 1)))
+    lines = prompt[prompt.index("Candidates:") :].splitlines()[1:4]
+    sids = [policy.surface.text(example().candidates[i].sid) for i in (2, 0, 1)]
+    assert [line.split(" ")[0] for line in lines] == sids and [line.split(" ")[-1] for line in lines] == [
+        "<c_1>",
+        "<c_2>",
+        "<c_3>",
+    ]

@@ -141,3 +141,16 @@ def test_any_text_gives_a_complete_permutation(example: RerankExample, text: str
         assert listed == [SURFACE.text(example.candidates[i].sid) for i in ranking.order]
     if ranking.parse is Parse.FAILED:
         assert ranking.identity
+
+
+def test_by_place_the_answer_and_its_reasoning_name_places(tame: RerankExample) -> None:
+    by_place = SidSurface(places=10)
+    told = f"best: {A}, not <c_3>, never {STRANGER} or <c_9>"
+    reasoning, ranking = answer_parts(told, (0, 2, 1), tame, by_place)
+    assert reasoning == '{"explanation": "best: <c_1>, not <c_3>, never or'
+    assert ranking == '", "recommendations": ["<c_1>", "<c_3>", "<c_2>"]}'
+    answer = parse_answer(reasoning + ranking, tame, by_place)
+    assert answer.ranking == Ranking((0, 2, 1))
+    repaired = parse_answer(reasoning + ranking.replace("<c_2>", "<c_7>"), tame, by_place)
+    assert repaired.ranking == Ranking((0, 2, 1), Parse.REPAIRED, "1 missing, 1 strangers")
+    assert parse_answer(written(C, A, B), tame, by_place).ranking.parse is Parse.FAILED  # SIDs are not its names
