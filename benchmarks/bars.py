@@ -7,8 +7,8 @@ Everything is fitted on the run's training lists and judged on its test lists (w
 
     as given           the pre-ranker's order
     rank + similarity  a conditional logit of log place and the evidence `alike`: two parameters
-    rank + text        a gradient-boosted listwise ranker (LambdaMART) over what a language model sees of an item: place,
-                       similarity of texts, brands, categories, prices; no interaction
+    rank + text        a gradient-boosted listwise ranker (LambdaMART) over what a language model sees of items: place,
+                       how alike texts are, brands, categories, prices; no interaction
     rank + evidence    the same ranker over exactly the evidence that the run's prompts show
     everything         both together
 
@@ -102,10 +102,10 @@ def text_columns(some: Sequence[CandidateList], dataset: Dataset, evidence: Evid
             brands = [float(bool(item.brand) and items[h].brand.casefold() == item.brand.casefold()) for h in history]
             kinds = [sum(a == b for a, b in zip(items[h].categories, item.categories, strict=False)) for h in history]
             price = abs(np.log(item.price / usual)) if item.price and usual and usual > 0 else np.nan
-            for_list.append(
-                [place, row[-1], row.max(), row.mean(), row[-LATEST:].max(), brands[-1], np.mean(brands)]
-                + [np.mean(brands[-LATEST:]), kinds[-1], np.mean(kinds), max(kinds[-LATEST:]), price, len(history)]
-            )
+            alike = [row[-1], row.max(), row.mean(), row[-LATEST:].max()]
+            brand = [brands[-1], np.mean(brands), np.mean(brands[-LATEST:])]
+            kind = [kinds[-1], np.mean(kinds), max(kinds[-LATEST:])]
+            for_list.append([place, *alike, *brand, *kind, price, len(history)])
         found.append(for_list)
     return np.array(found, float)
 

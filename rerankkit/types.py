@@ -82,7 +82,7 @@ class RerankExample:
         return best if best is not None and self.relevance[best] > 0 else None
 
     def in_order(self, order: Sequence[int]) -> RerankExample:
-        """The same ask with other places: candidate i is what stood at `order[i]`, and all that is aligned goes with it."""
+        """The same ask in another order: what was at `order[i]` is candidate i, and what is aligned goes with it."""
         candidates, relevance = tuple(self.candidates[i] for i in order), tuple(self.relevance[i] for i in order)
         evidence = tuple(self.evidence[i] for i in order) if self.evidence else ()
         return replace(self, candidates=candidates, relevance=relevance, evidence=evidence)

@@ -148,7 +148,7 @@ class Policy:
         if missing:
             raise DataError(
                 f"{what}: {missing[0]} is not in the policy's vocabulary; it was extended for codebook sizes "
-                f"{self.codebook_sizes} and {self.surface.places} places. Extend it for the tokenizer that drew this SID."
+                f"{self.codebook_sizes} and {self.surface.places} places. Extend it for what drew this."
             )
         return [vocabulary[word] for word in words]
 
