@@ -40,7 +40,7 @@ PART_HEADS = {
     "tokenizer": "Draws the semantic IDs.",
     "teacher": "Writes the reasoning traces.",
     "reward": "Judges rollouts. `[reward]`, or several `[[reward]]` blocks, which are added up; each also takes "
-    "`weight` (default `1.0`).",
+    "`weight` (default `1.0`) and `gate`, a [condition](rewards.md#gates) or a list of them outside of which it is 0.",
     "optimizer": "Improves the policy by reinforcement.",
 }
 
