@@ -23,7 +23,7 @@ def combine(parts: Sequence[tuple[float, str, RewardFn]]) -> RewardFn:
     part's unweighted value as `name` and its own parts as `name/part`. Names must differ.
 
     A part that raises is asked again group by group, and fails the groups that it raises for, with the exception's
-    words as the reason; RunFailed if it raises for each of several. rerankkit's own errors pass: they are raised on purpose.
+    words as the reason; RunFailed if it raises for each of several. rerankkit's own errors, raised on purpose, pass.
     """
     names = [name for _, name, _ in parts]
     if not names or len(set(names)) < len(names):
