@@ -37,7 +37,7 @@ def audit(
     fail_on_exploit: Annotated[
         bool, typer.Option("--fail-on-exploit", help="Exit with 1 if an exploit pays, or the order is not judged.")
     ] = False,
-    examples: Annotated[int, typer.Option(min=20, metavar="N", help="Asks that every policy answers.")] = 500,
+    examples: Annotated[int, typer.Option(min=100, metavar="N", help="Asks that every policy answers.")] = 500,
     group_size: Annotated[int, typer.Option(min=2, metavar="G", help="Answers in a group; an exploit is one.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
     out: Annotated[
@@ -49,19 +49,19 @@ def audit(
 ) -> None:
     """Play a zoo of exploits against a reward, and name those that pay.
 
-    Some hand back the given order or another one that nobody thought about; others are tricks that dress up an honest
-    answer. They sit in groups of honest answers that rank exactly as well as the given order, where reinforcement
-    starts at best. There an exploit pays if it earns more than the honest answers, in the mean (gain) or as a
-    group-normalised optimizer sees it (advantage), by more than three standard errors: the optimizer would make it
-    more likely, though it ranks no better. A trick is compared with the same answer without it.
+    Some exploits hand back the given order, or one that nobody thought about; others are tricks that dress up an
+    honest answer. An exploit pays, and is named, if it ranks no better than the given order and by more than three
+    standard errors either earns more than honest answers that rank better than the given order (gain), or would be
+    made more likely by a group-normalised optimizer in a group of honest answers that rank just as well as the given
+    order (advantage: its mean z-score). A trick is compared with the same answer without it.
     """
     from rerankkit.cli.console import print_audit, progress_bar
-    from rerankkit.testing.zoo import audit_reward
+    from rerankkit.testing.zoo import play_zoo
 
     config, default = _config(what, overrides or [], file or [])
     asks, counts, source = _asks(out, default, examples, seed)
     with progress_bar() as bar:
-        found = audit_reward(_reward(config), asks, counts=counts, group_size=group_size, seed=seed, progress=bar)
+        found = play_zoo(asks, counts=counts, group_size=group_size, seed=seed, progress=bar).audit(_reward(config))
     if as_json:
         print(json.dumps({"reward": config.resolved()["reward"], "asks": len(asks), "source": source, **found.plain()}))
     else:

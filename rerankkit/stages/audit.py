@@ -31,7 +31,8 @@ class Mean:
 
     value: float
     error: float
-    """Given how many asks have their target in each place: only what varies within a place counts."""
+    """Given how many asks have their target in each place: only what varies within a place counts. A place with a
+    single ask is taken to vary as the others do."""
     count: int
 
     @classmethod
@@ -41,10 +42,13 @@ class Mean:
         for value, place in zip(values, places, strict=True):
             if value is not None:
                 by_place[place].append(value)
-        every = [value for group in by_place.values() for value in group]
+        groups = list(by_place.values())
+        every = [value for group in groups for value in group]
         if not every:
             return cls(math.nan, math.nan, 0)
-        spread = math.fsum(len(group) * variance(group) for group in by_place.values() if len(group) > 1)
+        several = [group for group in groups if len(group) > 1] or [every] * (len(every) > 1)
+        pooled = _ratio(sum((len(group) - 1) * variance(group) for group in several), sum(len(g) - 1 for g in several))
+        spread = math.fsum(len(group) * (variance(group) if len(group) > 1 else pooled) for group in groups)
         return cls(fmean(every), math.sqrt(spread) / len(every), len(every))
 
     @property
@@ -59,26 +63,40 @@ class Finding:
 
     name: str
     about: str
+    trick: bool
+    """It dresses up an honest answer; otherwise it orders without looking at the items."""
     reward: Mean
     gain: Mean
-    """Its reward less that of the honest answers which rank as well as the given order: the mean of the group's others
-    or, of a trick, the same answer without it."""
+    """Its reward less that of honest answers that rank better than the given order; of a trick, less that of the same
+    answer without it."""
     advantage: Mean
-    """What a group-normalised optimizer would see: its z-score in a group of such answers (of a trick, less that of the
-    same answer without it). Positive: the optimizer makes it more likely."""
+    """What a group-normalised optimizer sees: its z-score in a group of honest answers that rank as well as the given
+    order; of a trick, less that of the same answer without it. If it is positive, it is made more likely."""
     gain_first: Mean
     """`gain` on asks whose most relevant candidate is given first."""
     gain_elsewhere: Mean
     """`gain` on the others."""
-    better: Mean
+    lift: Mean
     """NDCG@5 of its answers less that of the given order (of a trick, of the same answer without it)."""
     failed: float
     """Share of its answers that the reward failed to judge."""
 
     @property
     def pays(self) -> bool:
-        """It earns more than honest answers, in the mean or for a group-normalised optimizer, and ranks no better."""
-        return (self.gain.positive or self.advantage.positive) and not self.better.positive
+        """It earns more than ranking better does, or has an advantage over ranking as well, and ranks no better."""
+        return (self.gain.positive or self.advantage.positive) and not self.lift.positive
+
+    def sentence(self) -> str:
+        """Of one that pays: what it does, and what that earns."""
+        if self.trick:
+            earned = [f"earns {_signed(self.gain)} over the same answer without"]
+        else:
+            earned = [f"earns more than honest answers that rank better, {_signed(self.gain)}"] * self.gain.positive
+        if self.advantage.positive:
+            among = "it" if self.trick else "honest answers that rank as well"
+            earned.append(f"has an advantage over {among}, {_signed(self.advantage)}")
+        who = "an answer" if self.trick else "a policy"
+        return f"{self.name} pays: {who} that {self.about} {' and '.join(earned)}."
 
 
 @dataclass(frozen=True)
@@ -126,11 +144,7 @@ class Audit:
                 "It does not judge the order: the best honest ranking earns no more than the worst. Alone it says "
                 "nothing against copying; audit the config that it is a part of."
             )
-        told += [
-            f"{f.name} pays: a policy that {f.about} earns {_signed(f.gain)} against honest answers that rank as well "
-            f"as the given order, with an advantage of {_signed(f.advantage)} in a group of them."
-            for f in self.paying
-        ]
+        told += [finding.sentence() for finding in self.paying]
         told += [
             f"{f.name} pays only where the target is given first already, {self.first:.0%} of the asks: "
             f"{_signed(f.gain_first)}. There it is the right answer; elsewhere it loses: {_signed(f.gain_elsewhere)}."
@@ -163,12 +177,14 @@ def audit(
     exploits: Sequence[tuple[str, str, bool, Sequence[Rollout]]],
     *,
     baseline: str,
+    better: str,
 ) -> Audit:
     """Play `exploits` against `reward`: (name, what it does, whether it is a trick, its rollout for each ask).
 
     `honest` has the groups of each level by name, the worst first, for the same asks in the same order; those of
-    `baseline` rank as well as the given order. An exploit is judged in the company of the baseline's group, in the
-    last one's seat, as a reward may compare within groups. A trick dresses up that last one's answer.
+    `baseline` rank as well as the given order, those of `better` better. An exploit is judged in the company of the
+    baseline's group, in the last one's seat, as a reward may compare within groups. A trick dresses up that last
+    one's answer.
     """
     rows = honest[baseline]
     places = [group[0].example.target_index for group in rows]
@@ -186,7 +202,8 @@ def audit(
     )
     worst, *_, best = means.values()
     findings = [
-        _finding(reward, name, about, trick, rows, played, judged[baseline]) for name, about, trick, played in exploits
+        _finding(reward, name, about, trick, rows, played, judged[baseline], means[better])
+        for name, about, trick, played in exploits
     ]
     return Audit(
         given_ndcg=fmean(ndcg(group[0].example.relevance) for group in rows),
@@ -195,6 +212,10 @@ def audit(
         findings=tuple(sorted(findings, key=_rank)),
         judges_order=Mean.of(_differences(best, worst), places).positive,
     )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _seated(groups: Sequence[Group], played: Sequence[Rollout]) -> list[Group]:
@@ -210,30 +231,32 @@ def _finding(
     honest: Sequence[Group],
     played: Sequence[Rollout],
     plain: Sequence[Sequence[float | None]],
+    better: Sequence[float | None],
 ) -> Finding:
     places = [row.example.target_index for row in played]
     outcomes = _outcomes(reward, _seated(honest, played))
     values = [[_value(outcome) for outcome in group] for group in outcomes]
     own = [group[-1] for group in values]
-    gains = _differences(own, [group[-1] if trick else _mean(group[:-1]) for group in plain])
+    gains = _differences(own, [group[-1] for group in plain] if trick else better)
     advantages = [advantage(group) for group in values]
     if trick:
         advantages = _differences(advantages, [advantage(group) for group in plain])
     first = [gain if place == 0 else None for gain, place in zip(gains, places, strict=True)]
     elsewhere = [gain if place != 0 else None for gain, place in zip(gains, places, strict=True)]
-    better = [
+    lifts = [
         _quality(row) - (_quality(group[-1]) if trick else ndcg(row.example.relevance))
         for group, row in zip(honest, played, strict=True)
     ]
     return Finding(
         name,
         about,
+        trick,
         reward=Mean.of(own, places),
         gain=Mean.of(gains, places),
         advantage=Mean.of(advantages, places),
         gain_first=Mean.of(first, places),
         gain_elsewhere=Mean.of(elsewhere, places),
-        better=Mean.of(better, places),
+        lift=Mean.of(lifts, places),
         failed=fmean(isinstance(group[-1], Failed) for group in outcomes),
     )
 

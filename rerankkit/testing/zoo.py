@@ -32,36 +32,58 @@ _spelled = cache(SURFACE.text)
 PLACES = (0.33, 0.14, 0.11, 0.09, 0.07, 0.06, 0.05, 0.06, 0.05, 0.04)
 """How often a pre-ranker puts the target in each place of ten: about those of nearest neighbours on Amazon Beauty."""
 
+SLIPS = 0.1
+"""Share of reasonings that cite an item which is not in the ask, honest or not."""
+
 Order: TypeAlias = tuple[int, ...]
 _PIECE = re.compile(r"<[^<>\s]+>|\w+|[^\w\s]")
 
 
 LEVELS = {"worse": -0.1, "as given": 0.0, "better": 0.1, "far better": 0.3, "perfect": 1.0}
 """Honest policies, the worst first, by the share that they make good of what the given order's NDCG@5 lacks."""
-BASELINE = "as given"
+BASELINE, BETTER = "as given", "better"
 
 
-def audit_reward(
-    reward: RewardFn,
-    asks: Sequence[RerankExample] | None = None,
+@dataclass(frozen=True)
+class Played:
+    """Everybody's answers to the same asks, made once; audits of several rewards share them."""
+
+    honest: Mapping[str, Sequence[Sequence[Rollout]]]
+    """Level -> groups, one an ask."""
+    cheats: Sequence[tuple[str, str, bool, Sequence[Rollout]]]
+    """Name, what it does, whether it is a trick, its answer to each ask."""
+
+    def audit(self, reward: RewardFn) -> Audit:
+        """What each earns under `reward`, and which exploits pay."""
+        return audit(reward, self.honest, self.cheats, baseline=BASELINE, better=BETTER)
+
+
+def play_zoo(
+    asks: Sequence[RerankExample],
     *,
     counts: Mapping[str, float] | None = None,
     group_size: int = 8,
     seed: int = 0,
     progress: Callable[..., Iterator[Any]] = RunInfo.progress,
-) -> Audit:
-    """Play the whole zoo against `reward` over `asks` (default: 500 made ones); `counts` as for `exploits`."""
-    asks = make_asks(500, seed=seed) if asks is None else asks
+) -> Played:
+    """Have every honest policy and every exploit answer `asks`; `counts` as for `exploits`."""
     honest = {
         level: honest_groups(asks, share, group_size=group_size, seed=seed)
         for level, share in progress(LEVELS.items(), total=len(LEVELS), what="honest answers")
     }
     cheats = exploits(asks, counts)
-    played = [
-        (cheat.name, cheat.about, cheat.trick, cheat.answers(honest[BASELINE], seed))
-        for cheat in progress(cheats, total=len(cheats), what="exploits")
-    ]
-    return audit(reward, honest, played, baseline=BASELINE)
+    return Played(
+        honest,
+        [
+            (cheat.name, cheat.about, cheat.trick, cheat.answers(honest[BASELINE], seed))
+            for cheat in progress(cheats, total=len(cheats), what="exploits")
+        ],
+    )
+
+
+def audit_reward(reward: RewardFn, asks: Sequence[RerankExample] | None = None, *, seed: int = 0) -> Audit:
+    """Play the whole zoo against `reward` over `asks` (default: 500 made ones)."""
+    return play_zoo(make_asks(500, seed=seed) if asks is None else asks, seed=seed).audit(reward)
 
 
 def make_asks(count: int, *, seed: int = 0, places: Sequence[float] = PLACES) -> list[RerankExample]:
@@ -102,8 +124,6 @@ class Honest:
 
     skill: float
     prior: float = 1.0
-    slips: float = 0.1
-    """Share of reasonings that cite a stranger."""
 
     def play(self, example: RerankExample, dice: random.Random, group: int = 0) -> Rollout:
         """One answer."""
@@ -112,7 +132,7 @@ class Honest:
         mass = [math.exp(strengths[place] - max(strengths)) for place in order]
         left = [math.fsum(mass[place:]) for place in range(len(mass))]
         logps = [min(0.0, math.log(one / of)) if one else -math.inf for one, of in zip(mass, left, strict=True)]
-        text = _answer(_reasoning(example, order, dice, self.slips), _sids(example, order))
+        text = _answer(_reasoning(example, order, dice), _sids(example, order))
         return replace(_rollout(example, text, logps), group=group)
 
 
@@ -163,13 +183,13 @@ def _by_strength(strengths: Sequence[float], noise: Sequence[float]) -> Order:
     return tuple(sorted(range(len(noisy)), key=lambda place: -noisy[place]))
 
 
-def _reasoning(example: RerankExample, order: Order, dice: random.Random, slips: float = 0.0) -> str:
+def _reasoning(example: RerankExample, order: Order, dice: random.Random) -> str:
     """One to three sentences about the first choices, each with the SIDs that it is about."""
     said = []
     for place in order[: dice.randint(1, 3)]:
         bought = dice.choice(example.history) if example.history else example.candidates[place]
         said.append(f"Who bought {_spelled(bought.sid)} often takes {_spelled(example.candidates[place].sid)}.")
-    if dice.random() < slips:
+    if dice.random() < SLIPS:
         said.append(f"It is much like {_spelled(_stranger(example, dice))}.")
     return " ".join(said)
 
