@@ -159,8 +159,8 @@ def honest_groups(
             total += [ndcg([ask.relevance[place] for place in _by_strength(strengths, own)]) for own in members]
         return fmean(total)
 
-    low, high = (-10.0, 50.0) if wanted < quality(50.0) else (50.0, 50.0)
-    for _ in range(14):  # to within 60 / 2 ** 14
+    low, high = (-5.0, 15.0) if wanted < quality(15.0) else (50.0, 50.0)
+    for _ in range(11):  # to within 20 / 2 ** 11, a hundredth
         low, high = (low, (low + high) / 2) if quality((low + high) / 2) > wanted else ((low + high) / 2, high)
     policy = Honest((low + high) / 2)
     return [[policy.play(ask, dice(i, g), group=i) for g in range(group_size)] for i, ask in enumerate(asks)]

@@ -172,7 +172,7 @@ def named(found: Audit) -> set[str]:
 
 @pytest.fixture(scope="module")
 def zoo() -> Played:
-    return play_zoo(make_asks(200))
+    return play_zoo(make_asks(350))
 
 
 def test_order_copying_pays_under_the_unconditional_reward(zoo: Played) -> None:
