@@ -88,7 +88,7 @@ def _parts(kind: str, plugins: Plugins, defaults: RunConfig) -> Iterator[str]:
         yield _doc(part.config) + "\n"
         rows = _rows(part.config)
         like, others = shown.setdefault(tuple(rows), (part.name, rows))
-        if like == part.name:
+        if like == part.name or not rows:
             yield _table(rows)
         else:  # a relative: only what differs
             differ = {key: row for key, row in rows.items() if row != others[key]}

@@ -72,7 +72,7 @@ def audit(
 
 def _config(what: str, overrides: Sequence[str], files: Sequence[str]) -> tuple[RunConfig, Path | None]:
     """The config to audit, and the run folder that goes with it: of a name alone, none."""
-    from rerankkit.config import find_plugins, load_config, make_config, overridden
+    from rerankkit.config import find_plugins, load_config, make_config, overridden, strings_in
 
     path = Path(what)
     if path.suffix in (".toml", ".json") or path.is_file():
@@ -80,7 +80,8 @@ def _config(what: str, overrides: Sequence[str], files: Sequence[str]) -> tuple[
         folder = path.parent if path.name == "config.json" else Path("runs") / path.stem
     else:
         raw, where, folder = overridden({"reward": {"use": what}}, overrides), None, None
-    raw["plugin_files"] = [*raw.get("plugin_files", []), *files]
+    if files:
+        raw["plugin_files"] = [*strings_in(raw.get("plugin_files")), *files]
     return make_config(raw, find_plugins(raw, where), where), folder
 
 
