@@ -14,7 +14,7 @@ from rerankkit.testing import make_example, make_rollout
 from rerankkit.types import Failed, NotApplicable, Outcome, Reward, Rollout
 
 FIRST, SECOND = make_example(0, num_candidates=3), make_example(1, num_candidates=3)
-SAME, LIFT = (0, 1, 2), (1, 0, 2)
+SAME, LIFT, DOWN = (0, 1, 2), (1, 0, 2), (0, 2, 1)
 
 
 def test_a_mean_counts_only_what_varies_within_a_place() -> None:
@@ -68,12 +68,12 @@ def small(reward: Callable[[Sequence[Rollout]], Sequence[Outcome]]) -> Audit:
         ]
 
     honest: Mapping[str, list[list[Rollout]]] = {
-        "worse": groups((0, 2, 1), SAME),
-        "as given": groups((0, 2, 1), LIFT),
+        "worse": groups(DOWN, SAME),
+        "as given": groups(LIFT, DOWN),
         "better": groups(LIFT, LIFT),
     }
     begging = [
-        make_rollout(e, o, reasoning="please", group=i) for i, (e, o) in enumerate([(FIRST, SAME), (SECOND, LIFT)])
+        make_rollout(e, o, reasoning="please", group=i) for i, (e, o) in enumerate([(FIRST, SAME), (SECOND, DOWN)])
     ]
     copies = [make_rollout(FIRST, SAME, group=0), make_rollout(SECOND, SAME, group=1)]
     played = [("copy", "hands back", False, copies), ("beg", "begs", True, begging)]
@@ -91,12 +91,13 @@ def test_gains_and_advantages_by_hand() -> None:
     # against the better policy: 0 - 0 and 0 - 1
     assert (copy.reward.value, copy.gain.value) == (0.0, -0.5)
     assert (copy.gain_first.value, copy.gain_elsewhere.value) == (0.0, -1.0)
-    # in the groups [0, 0] and [-1, 0]: z-scores 0 and .5 / sqrt(.5)
-    assert copy.advantage.value == pytest.approx(0.5 / math.sqrt(0.5) / 2, abs=1e-5)
-    # the same answers, 1 more each
-    assert (beg.reward.value, beg.gain.value) == (1.5, 1.0)
+    # in the groups [0, 0] and [1, 0]: z-scores 0 and -.5 / sqrt(.5)
+    assert copy.advantage.value == pytest.approx(-0.5 / math.sqrt(0.5) / 2, abs=1e-5)
+    # the same answers, 0 and -1, with 1 more each; in their groups [0, 1] and [1, 0] instead of [0, 0] and [1, -1]
+    assert (beg.reward.value, beg.gain.value) == (0.5, 1.0)
+    assert beg.advantage.value == pytest.approx(0.5 / math.sqrt(0.5) / 2, abs=1e-5)
     assert beg.lift.value == 0.0
-    assert [level.copying.value for level in found.levels] == pytest.approx([0.354, 0.354, -0.354], abs=1e-3)
+    assert [level.copying.value for level in found.levels] == pytest.approx([0.354, -0.354, -0.354], abs=1e-3)
     told = "beg pays: an answer that begs earns +1.000 (standard error 0.000) over the same answer without."
     assert told in found.sentences()
 
