@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from rerankkit.testing.checks import check_optimizer, check_reward, check_teacher, check_tokenizer
 from rerankkit.testing.records import make_catalog, make_example, make_item, make_policy, make_rollout
+from rerankkit.testing.zoo import audit_reward
 
 __all__ = [
+    "audit_reward",
     "check_optimizer",
     "check_reward",
     "check_teacher",
