@@ -145,9 +145,12 @@ class TargetLogp:
             return _NO_TARGET
         if not rollout.allowed_ids or rollout.ranking.parse is Parse.FAILED:
             return NotApplicable("not sampled under the permutation mask: the choices were not among candidates alone")
-        logps = _choice_logps(rollout)
+        num = len(rollout.example.candidates)
+        logps = _choice_logps(rollout, [item.sid for item in rollout.example.candidates])
         if logps is None:
-            return Failed("the recorded choices do not fit the candidates' SIDs")
+            logps = _choice_logps(rollout, [(place,) for place in range(num)])
+        if logps is None:
+            return Failed("the recorded choices do not fit the candidates' SIDs, nor their places")
         total = 0.0
         for place, logp in zip(rollout.ranking.order, logps, strict=True):
             if rollout.example.candidates[place].sid == rollout.example.candidates[target].sid:
@@ -157,19 +160,19 @@ class TargetLogp:
         raise AssertionError("a ranking holds every candidate")
 
 
-def _choice_logps(rollout: Rollout) -> list[float] | None:
+def _choice_logps(rollout: Rollout, names: Sequence[Sid]) -> list[float] | None:
     """The log-probability of each place's candidate among those left; None if the record is of something else.
 
-    No text tokenizer is needed: which levels of a SID were a choice, and among how many, follows from the SIDs left.
+    No text tokenizer is needed: which levels of a name were a choice, and among how many, follows from those left.
     """
     made = [
         (len(ids), logp)
         for ids, logp in zip(rollout.allowed_ids, rollout.logps, strict=False)
         if ids is not None and len(ids) > 1
     ]
-    left: list[Sid] = [item.sid for item in rollout.example.candidates]
+    left = list(names)
     logps = []
-    for sid in [left[place] for place in rollout.ranking.order]:
+    for sid in [names[place] for place in rollout.ranking.order]:
         total = 0.0
         for level in range(len(sid)):
             branches = len({other[level] for other in left if other[:level] == sid[:level]})
@@ -208,7 +211,7 @@ class ReasoningLength:
 
 @dataclass(frozen=True)
 class Citations:
-    """Share of the SIDs that the reasoning cites, each counted once, that are the example's own items.
+    """Share of the SIDs (and places) that the reasoning cites, each counted once, that are the example's own items.
 
     A reasoning that cites none gets `uncited`, or is not applicable if that is None.
     """
@@ -220,11 +223,12 @@ class Citations:
         return [self._one(rollout) for rollout in rollouts]
 
     def _one(self, rollout: Rollout) -> Outcome:
-        cited = set(self.surface.find(rollout.reasoning))
+        example = rollout.example
+        cited = set(self.surface.citations(rollout.reasoning))
         if not cited:
-            return NotApplicable("the reasoning cites no SID") if self.uncited is None else Reward(self.uncited)
-        own = {item.sid for item in (*rollout.example.history, *rollout.example.candidates)}
-        return Reward(len(cited & own) / len(cited))
+            return NotApplicable("the reasoning cites no item") if self.uncited is None else Reward(self.uncited)
+        own = {self.surface.text(item.sid) for item in (*example.history, *example.candidates)}
+        return Reward(len(cited & own.union(self.surface.names(example))) / len(cited))
 
 
 @dataclass(frozen=True)

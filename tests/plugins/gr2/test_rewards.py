@@ -263,10 +263,16 @@ def test_target_logp_has_a_floor_and_says_when_it_cannot_tell() -> None:
     free = replace(sure, allowed_ids=())
     unread = replace(sure, ranking=Ranking((0, 1, 2), Parse.FAILED, "no list"))
     assert [type(o) for o in TargetLogp()([free, unread])] == [NotApplicable, NotApplicable]
-    other = masked((2, 0, 1), [(3, -1.0), (2, -1.0)])  # three branches where the SIDs have two
+    other = masked((2, 0, 1), [(4, -1.0), (2, -1.0)])  # four branches where the SIDs have two, and places three
     short = masked((2, 0, 1), [(2, -1.0)])
     long = masked((2, 0, 1), [(2, -1.0), (2, -1.0), (2, -1.0)])
     assert all(isinstance(outcome, Failed) for outcome in TargetLogp()([other, short, long]))
+
+
+def test_target_logp_of_answers_by_place() -> None:
+    # strengths .2, .3, .5: place 2 of three (.5), then place 0 of two (.4): (1 - .5) * .4
+    row = masked((2, 0, 1), [(3, math.log(0.5)), (2, math.log(0.4))])
+    assert logp_of(row) == pytest.approx(math.log(0.2))
 
 
 @given(st.permutations(range(3)), st.lists(st.floats(0.05, 5.0), min_size=3, max_size=3), st.integers(0, 2))
