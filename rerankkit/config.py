@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -335,6 +335,60 @@ class Sft(Schedule):
         return self
 
 
+Action: TypeAlias = Literal["off", "warn", "stop"]
+
+
+class WatchRules(Block):
+    """What the rules of the watch do when they fire; one that is left out does what `watch.on_fire` says.
+
+    `off` does not look, `warn` says so at once and in the report, `stop` ends the run as well.
+    """
+
+    not_a_number: Action | None = "stop"
+    """The loss, gradient norm, entropy, KL or sampler gap of a step is not a finite number."""
+    error_budget: Action | None = None
+    """More than `max_failed` of the rollouts could not be judged."""
+    no_signal: Action | None = None
+    """No group had rewards that differ: all were 0, all equal, or equal within each group."""
+    entropy_collapse: Action | None = None
+    """Entropy fell below `min_entropy` of its start."""
+    length_collapse: Action | None = None
+    """Reasoning (or, where it is not known, the answer) fell below `min_length` of its start."""
+    length_explosion: Action | None = None
+    """Answers grew beyond `max_length` times their start, or more than `max_truncated` of them are cut off."""
+    copying: Action | None = None
+    """The reward rises and with it, by `identity_rise` or `first_kept_rise`, the share that keeps the given order."""
+    one_place: Action | None = None
+    """More than `max_one_place` of the answers put the candidate of one and the same given place first."""
+
+
+class Watch(Block):
+    """What is looked at in every step of reinforcement, whichever optimizer runs. It changes no result."""
+
+    on_fire: Literal["warn", "stop"] = "warn"
+    """What a rule does that fires: say so, or end the run as well, with exit code 1; what was logged is kept."""
+    rules: WatchRules = Field(default_factory=WatchRules)
+    """The same for single rules."""
+    window: PositiveInt = 5
+    """Steps that a rule averages over: the last so many, against the first so many."""
+    max_failed: float = Field(default=0.1, ge=0, lt=1)
+    """The error budget: share of rollouts that may go unjudged."""
+    min_entropy: float = Field(default=0.25, ge=0, lt=1)
+    """Entropy, as a share of its start, below which it has collapsed."""
+    min_length: float = Field(default=0.5, ge=0, lt=1)
+    """Length, as a share of its start, below which it has collapsed."""
+    max_length: float = Field(default=2.0, gt=1)
+    """Length, as a multiple of its start, above which it has exploded."""
+    max_truncated: float = Field(default=0.5, ge=0, lt=1)
+    """Share of answers that may be cut off at the length limit."""
+    identity_rise: float = Field(default=0.2, gt=0, le=1)
+    """Rise of the share of answers that repeat the given order, with a rising reward."""
+    first_kept_rise: float = Field(default=0.3, gt=0, le=1)
+    """Rise of the share of answers that keep the given first item first, with a rising reward."""
+    max_one_place: float = Field(default=0.9, gt=0, lt=1)
+    """Share of answers that may choose the same given place."""
+
+
 class Evaluate(Block):
     """How test users' lists are answered and measured."""
 
@@ -353,7 +407,13 @@ _VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
     "candidates": (KnnLists, PopularityLists, PolicyLists, FileLists),
     "policy": (ScratchPolicy, PretrainedPolicy),
 }
-_PLAIN: Mapping[str, type[Block]] = {"sids": Sids, "midtrain": Midtrain, "sft": Sft, "evaluate": Evaluate}
+_PLAIN: Mapping[str, type[Block]] = {
+    "sids": Sids,
+    "midtrain": Midtrain,
+    "sft": Sft,
+    "watch": Watch,
+    "evaluate": Evaluate,
+}
 _PARTS: Mapping[str, str] = {"tokenizer": "rqvae", "teacher": "rejection", "reward": "gr2", "optimizer": "dapo"}
 """Part blocks and the part that is chosen when a config says nothing."""
 _TOP = {"seed", "device", "plugin_files", "trackers", *_VARIANTS, *_PLAIN, *_PARTS}
@@ -419,6 +479,7 @@ class RunConfig:
     sft: Sft
     reward: tuple[ChosenPart, ...]
     optimizer: ChosenPart
+    watch: Watch
     evaluate: Evaluate
     seed: int = 0
     device: str = "auto"
@@ -427,7 +488,7 @@ class RunConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain JSON; `make_config` accepts it back."""
-        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "evaluate")
+        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "watch", "evaluate")
         return {
             "seed": self.seed,
             "device": self.device,

@@ -49,11 +49,11 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     from rerankkit.data.lists import CandidateLists
     from rerankkit.stages.candidates import make_candidates
     from rerankkit.stages.data import make_dataset, source_digests
-    from rerankkit.stages.gate import gated
     from rerankkit.stages.midtrain import midtrain
     from rerankkit.stages.rankings import Rankings, rank_users
     from rerankkit.stages.rl import reinforce, watching
     from rerankkit.stages.sft import fine_tune
+    from rerankkit.stages.sid_gate import gated
     from rerankkit.stages.sids import SidMap, draw_sids, drawn_with
     from rerankkit.stages.traces import Traces, write_traces
 

@@ -41,6 +41,8 @@ REPORTS = ("report.json", "report.md", "report.html")
 RESULTS = (*REPORTS, "rankings.parquet")
 FAILED_SIDS = ("scorecard.json", "sids.html")
 """Left by a gate that the SIDs missed; the next attempt drops them."""
+STOPPED_RL = ("watch.json", "watch.html")
+"""Left by a watch that stopped reinforcement; the next attempt drops them."""
 FORMAT = 2
 """Raised when a stage's artifact changes its meaning, so that old run folders are not mistaken for new ones."""
 
@@ -89,7 +91,8 @@ class RunFolder:
     device: str = "cpu"
     progress: Callable[..., Iterator[Any]] | None = None
     announce: Callable[[str, str, float], None] = lambda name, state, seconds: None
-    """Told of every stage: its name; `skipped`, `started`, `continued` or `done`; and the seconds it took."""
+    """Told of every stage: its name; `skipped`, `started`, `continued` or `done`; and the seconds it took. With
+    `warning` a sentence stands in place of the name."""
     track: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """Told of every logged record, for other trackers."""
     hooks: Any = None
@@ -182,6 +185,13 @@ class RunFolder:
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{now}  {name}: {state}{how}\n")
         self.announce(name, state, seconds)
+
+    def warn(self, stage: str, sentence: str) -> None:
+        """Tell the user something at once, and log.txt."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{now}  {stage}: warning: {sentence}\n")
+        self.announce(f"{stage}: {sentence}", "warning", 0.0)
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""
@@ -291,7 +301,7 @@ def _take(path: Path, config: RunConfig, lock: FileLock) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise _in_use(path) from None
-    for file in FAILED_SIDS:
+    for file in (*FAILED_SIDS, *STOPPED_RL):
         (path / file).unlink(missing_ok=True)
     write_json(path / "holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
     write_json(path / "config.json", config.resolved())
@@ -308,7 +318,7 @@ def check_free(path: Path) -> None:
         raise RunFolderError(f"{there} is a file; --out names a folder.")
     if path.is_dir() and any(path.iterdir()) and not is_run_folder(path):
         raise RunFolderError(f"{path} holds other files and is not a run folder; name a new or empty one with --out.")
-    for file in (*RESULTS, *FAILED_SIDS):
+    for file in (*RESULTS, *FAILED_SIDS, *STOPPED_RL):
         if (path / file).is_dir():
             raise RunFolderError(f"{path / file} is a folder, but a file of this name is to be written; move it away.")
     if holder_of(path):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-STYLES: Mapping[str, str] = {"done": "green", "failed": "bold red"}
+STYLES: Mapping[str, str] = {"done": "green", "failed": "bold red", "warning": "yellow"}
 """How the states of a stage are shown; the others (started, continued, skipped) are dim."""
 TABLE_METRICS = ("R@1", "R@3", "R@5", "NDCG@5", "NDCG@10", "MRR")
 PLAIN_WIDTH = 120

@@ -10,6 +10,7 @@ from rerankkit.errors import RunFailed
 from rerankkit.stages.compare import save_rankings
 from rerankkit.stages.report import build_report, choose_examples, example_card, summarise, write_report
 from rerankkit.stages.scorecard import scorecard_facts
+from rerankkit.stages.watch import watch_facts
 from rerankkit.stages.wording import plain
 from rerankkit.store import Artifact, RunFolder, manifest, read_metrics, write_json
 from rerankkit.types import Ranking, RerankExample, SidSurface
@@ -67,6 +68,9 @@ def report_run(
         },
     )
     report["scorecard"] = plain(sid_map.scorecard)
+    metrics = read_metrics(folder.path)
+    report["watch"] = plain(watch_facts(metrics, config.watch))
+    report["warnings"] += [f"Reinforcement, step {a['step']}: {a['sentence']}." for a in report["watch"]["alarms"]]
     if folder.hooks is not None:
         sections = [section for section in folder.hooks.rerankkit_report(report=report) if section]
         report["sections"] = plain({heading: text for section in sections for heading, text in section.items()})
@@ -84,7 +88,7 @@ def report_run(
     candidates.export_trec(folder.path / "trec")
     seconds = {"stages": folder.seconds()}
     write_json(folder.path / "manifest.json", {**record, "fingerprints": folder.fingerprints, **seconds})
-    write_report(folder.path, report, read_metrics(folder.path), cards)
+    write_report(folder.path, report, metrics, cards)
     return report
 
 

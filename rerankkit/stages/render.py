@@ -45,6 +45,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "## Findings", "", *(f"- {_cell(text)}" for text in report["findings"])]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {_cell(text)}" for text in report["warnings"])]
+    lines += _md_watch(report.get("watch", NO_WATCH))
     lines += ["", "## Before quoting a number", ""]
     lines += [f"- **{_cell(name)}**: {_cell(text)}" for name, text in caveats(report)]
     for heading, text in report.get("sections", {}).items():
@@ -66,6 +67,23 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         cells = [[_cell(part.get(key, "")) for key in keys] for part in parts]
         lines += ["", "## Parts", "", *_md_table(keys, cells)]
     return "\n".join(lines) + "\n"
+
+
+def _md_watch(watch: Mapping[str, Any]) -> list[str]:
+    """The watch over reinforcement: its alarms, and where the first choice was given."""
+    if not watch["steps"]:
+        return []
+    lines = ["", "## Reinforcement, step by step", ""]
+    lines += [f"- step {a['step']}, {_cell(a['rule'])}: {_cell(a['sentence'])}" for a in watch["alarms"]]
+    if not watch["alarms"]:
+        lines += [f"Watched for {watch['steps']} steps: no rule fired."]
+    places = {name: shares for name, shares in watch["first_choice"].items() if shares}
+    if places:
+        count = max(map(len, places.values()))
+        shown = [[name, *map(percent, shares)] for name, shares in places.items()]
+        lines += ["", "Given place of the first choice:", ""]
+        lines += _md_table(["", *(str(place + 1) for place in range(count))], shown)
+    return lines
 
 
 def render_html(
@@ -90,7 +108,9 @@ def render_html(
         bounds=lambda c: f"{points(c['low'])}, {points(c['high'])}",
         caveats=caveats(report),
         forest=Markup(_forest(report)),
-        charts=[(heading, [Markup(c) for c in drawn]) for heading, drawn in learning_curves(metrics)],
+        charts=_marked(learning_curves(metrics, report.get("watch", {}))),
+        watch=report.get("watch", NO_WATCH),
+        evidence_steps=_evidence_steps,
         cost=_cost(metrics),
         share=_share,
         moves=_moves(report),
@@ -99,6 +119,26 @@ def render_html(
         manifest={key: value for key, value in report["manifest"].items() if key != "parts"},
         **_scorecard(report.get("scorecard", {})),
     )
+
+
+def render_watch(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What the watch saw (`stages.watch.watch_facts`) of a run that it stopped, as a page of its own."""
+    return _page(
+        "stopped.html.j2", watch=facts, charts=_marked(learning_curves(metrics, facts)), evidence_steps=_evidence_steps
+    )
+
+
+NO_WATCH: Mapping[str, Any] = {"alarms": [], "steps": 0}
+
+
+def _marked(charts: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[Any]]]:
+    from markupsafe import Markup
+
+    return [(heading, [Markup(figure) for figure in figures]) for heading, figures in charts]
+
+
+def _evidence_steps(alarm: Mapping[str, Any]) -> list[int]:
+    return sorted({step for series in alarm["evidence"].values() for step, _ in series})
 
 
 def render_scorecard(card: Mapping[str, Any]) -> str:
@@ -159,9 +199,11 @@ def _scorecard(card: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(heading, figures as HTML) for each stage that logged something drawable."""
-    from rerankkit.stages.charts import line_chart
+def learning_curves(
+    metrics: Sequence[Mapping[str, Any]], watch: Mapping[str, Any] | None = None
+) -> list[tuple[str, list[str]]]:
+    """(heading, figures as HTML) for each stage that logged something drawable; `watch` are its facts."""
+    from rerankkit.stages.charts import bar_chart, line_chart
 
     logs = _by_stage(metrics)
 
@@ -187,7 +229,17 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, lis
         "invalid_rate": "invalid answers",
         "rewards/failed": "could not be judged",
     }
-    length = {"completions/mean_length": "mean length"}
+    length = {"completions/mean_length": "answers", "completions/mean_reasoning_length": "reasoning"}
+    taus = {"tau_within_group": "within a group", "tau_to_last": "to the last answers to the same ask"}
+    why = {
+        key: key.removeprefix("frac_zero_std/").replace("_", " ")
+        for record in logs.get("rl", [])
+        for key in record
+        if key.startswith("frac_zero_std/")
+    }
+    trust = {"kl": "KL", "logp_gap": "sampler against trainer"}
+    clips = {"clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
+    places = (watch or {}).get("first_choice", {})
     sections = [
         (
             "Training loss",
@@ -201,10 +253,15 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, lis
             [
                 line_chart(parts, "Reward and its parts", "mean over rollouts"),
                 line_chart(lines("rl", order), "Closeness to the given order", "1 = copied", (0.0, 1.0)),
+                bar_chart(places, "Given place of the first choice", "share of answers", "given place"),
+                line_chart(lines("rl", taus), "Agreement among answers", "Kendall tau"),
+                line_chart(lines("rl", why), "Groups without variance, by reason", "share", (0.0, 1.0)),
                 line_chart(lines("rl", {"entropy": "entropy"}), "Entropy", "nats a token", (0.0, 0.0)),
                 line_chart(lines("rl", length), "Completion length", "tokens", (0.0, 0.0)),
                 line_chart(lines("rl", health), "Wasted rollouts", "share", (0.0, 1.0)),
                 line_chart(lines("rl", {"grad_norm": "norm"}), "Gradient norm", "before clipping", (0.0, 0.0)),
+                line_chart(lines("rl", trust), "Distance from the sampler", "nats a token", (0.0, 0.0)),
+                line_chart(lines("rl", clips), "Clipped tokens", "share", (0.0, 0.0)),
             ],
         ),
     ]

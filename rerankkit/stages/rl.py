@@ -13,6 +13,9 @@ from rerankkit.errors import RunFailed
 from rerankkit.protocols import PolicyOptimizer, RewardFn
 from rerankkit.stages.rewards import combine
 from rerankkit.stages.training import adapting
+from rerankkit.stages.watch import Alarm, Watcher, measure, watch_facts
+from rerankkit.stages.wording import plain
+from rerankkit.store import STOPPED_RL, read_metrics, write_json, write_text
 from rerankkit.types import Reward, RunInfo, StepReport
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from rerankkit.lm import Policy
     from rerankkit.stages.sids import SidMap
     from rerankkit.store import RunFolder
+
+
+def _log(report: StepReport, info: RunInfo) -> None:
+    info.log({"step": report.step, **report.metrics, **measure(report)})
 
 
 def reinforce(
@@ -33,9 +40,9 @@ def reinforce(
     lora: Lora | None = None,
     *,
     info: RunInfo,
-    watch: Callable[[StepReport], None] = lambda report: None,
+    watch: Callable[[StepReport, RunInfo], None] = _log,
 ) -> Policy:
-    """Run the optimizer over the training lists that hold their target; every step goes to `watch`.
+    """Run the optimizer over the training lists that hold their target; every step goes to `watch`, which logs it.
 
     `rewards` are (weight, name, reward); the optimizer sees their weighted sum. Every process runs the whole loop: an
     optimizer that does not share its work does the same steps in each.
@@ -48,8 +55,7 @@ def reinforce(
         )
     with adapting(policy, lora, info):
         for report in optimizer.optimize(policy, examples, combine(rewards), info):
-            info.log({"step": report.step, **report.metrics})
-            watch(report)
+            watch(report, info)
     return policy
 
 
@@ -83,13 +89,46 @@ def save_completions(folder: Path, report: StepReport) -> None:
 
 
 def watching(reinforce: Callable[..., Policy], folder: RunFolder) -> Callable[..., Policy]:
-    """`reinforce`; the main process also saves each step's rollouts in the run folder and tells the plugins' hooks."""
+    """`reinforce` under the watch: the main process logs, saves each step's rollouts and tells plugins' hooks.
 
-    def watch(report: StepReport) -> None:
-        if not processes.is_main():
-            return
+    A rule that fires is told at once; one that stops the run leaves `watch.json` and `watch.html` in the run folder.
+    """
+    settings = folder.config.watch
+    watchers: list[Watcher] = []
+
+    def look(report: StepReport, info: RunInfo) -> None:
+        if not watchers:  # what a killed run did from here on is done again, and the watch must not count it twice
+            watchers.append(Watcher.begin(settings, folder.path, report.step))
+        record = {"step": report.step, **report.metrics, **watchers[0].measure(report)}
+        info.log(record)
         save_completions(folder.path / "completions", report)
         if folder.hooks is not None:
             folder.hooks.rerankkit_step(stage="rl", report=report)
+        alarms = watchers[0].look(record)
+        for alarm in alarms:
+            folder.warn("rl", f"step {alarm.step}: {alarm.sentence} ({alarm.rule})")
+        if fatal := [alarm for alarm in alarms if alarm.action == "stop"]:
+            _stop(folder, fatal)
+
+    def watch(report: StepReport, info: RunInfo) -> None:
+        # The main process decides for all: one that stops alone would leave the others waiting.
+        processes.decide(lambda: look(report, info))
 
     return partial(reinforce, watch=watch)
+
+
+def _stop(folder: RunFolder, fatal: Sequence[Alarm]) -> None:
+    """End the run with what the watch saw, on a page and as JSON."""
+    from rerankkit.stages.render import render_watch
+
+    metrics = read_metrics(folder.path)
+    facts = plain(watch_facts(metrics, folder.config.watch))
+    data, page = (folder.path / name for name in STOPPED_RL)
+    write_json(data, facts)
+    write_text(page, render_watch(facts, metrics))
+    said = "; ".join(f"{alarm.sentence} (watch.rules.{alarm.rule})" for alarm in fatal)
+    raise RunFailed(
+        f"watch: reinforcement was stopped at step {fatal[0].step}: {said}. What led there is in {page} and "
+        f"completions/. To go on all the same, set watch.rules.{fatal[0].rule}=warn; to begin again, change the "
+        "optimizer or the reward."
+    )
