@@ -327,6 +327,8 @@ class Sft(Schedule):
     """Loss weight of reasoning tokens (GR2's lambda_r; its value is not known, this one is ours)."""
     ranking_weight: NonNegativeFloat = 1.0
     """Loss weight of ranking tokens (GR2's lambda_o; likewise)."""
+    reasoning: bool = True
+    """Learn the traces' reasoning. Without it the policy answers with an empty explanation, also in RL and after."""
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:
@@ -389,17 +391,52 @@ class Watch(Block):
     """Share of answers that may choose the same given place."""
 
 
-class Evaluate(Block):
-    """How test users' lists are answered and measured."""
+class Gate(Block):
+    """Which policy a run exports: after RL, the best on validation users of mid-training, SFT and RL.
 
+    An exact tie goes to the one that comes earlier in the run; RL is exported only if it beats SFT.
+    """
+
+    metric: Literal["R@1", "R@3", "R@5", "R@10", "NDCG@3", "NDCG@5", "NDCG@10", "MRR"] = "NDCG@5"
+    """The mean that decides."""
+    keep_every: NonNegativeInt = 0
+    """Keep RL's policy every so many steps as further candidates, each a set of weights; 0 keeps the end alone."""
+    max_users: NonNegativeInt = 500
+    """Validation users at most (a seeded sample of those whose target is listed): every candidate ranks them. 0 turns
+    the gate off, and RL's end is exported."""
+
+
+class Answering(Block):
     max_new_tokens: PositiveInt = 256
     """Longest answer; a longer one is cut and counted as invalid."""
     constrain: bool = True
     """Decode answers under the permutation mask: reasoning stays free, every answer is a complete permutation."""
     batch_size: PositiveInt = 64
     """Prompts answered at once."""
+
+
+class Evaluate(Answering):
+    """How test users' lists are answered and measured."""
+
     bootstrap_samples: PositiveInt = Field(default=10_000, ge=100)
     """Resamplings behind each paired 95% interval."""
+    think: Literal["on", "off", "both"] = "on"
+    """Answer as trained, reasoning first, or with an empty explanation; `both` adds a row for the exported policy with
+    an empty one, and the report says whether thinking helped."""
+    shuffles: NonNegativeInt = 0
+    """Times that the same test lists are shuffled and ranked again by the exported policy and by SFT: how far the order
+    in which candidates are shown decides. Each costs a ranking of all test users."""
+
+    @property
+    def answering(self) -> Answering:
+        """What an answer depends on; what is measured of it does not."""
+        return Answering(**{name: getattr(self, name) for name in Answering.model_fields})
+
+    @model_validator(mode="after")
+    def _forced(self) -> Self:
+        if self.think != "on" and not self.constrain:
+            raise ValueError(f'think = "{self.think}" needs constrain = true: the mask is what empties the explanation')
+        return self
 
 
 _VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
@@ -412,6 +449,7 @@ _PLAIN: Mapping[str, type[Block]] = {
     "midtrain": Midtrain,
     "sft": Sft,
     "watch": Watch,
+    "gate": Gate,
     "evaluate": Evaluate,
 }
 _PARTS: Mapping[str, str] = {"tokenizer": "rqvae", "teacher": "rejection", "reward": "gr2", "optimizer": "dapo"}
@@ -480,6 +518,7 @@ class RunConfig:
     reward: tuple[ChosenPart, ...]
     optimizer: ChosenPart
     watch: Watch
+    gate: Gate
     evaluate: Evaluate
     seed: int = 0
     device: str = "auto"
@@ -488,7 +527,7 @@ class RunConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain JSON; `make_config` accepts it back."""
-        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "watch", "evaluate")
+        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "watch", "gate", "evaluate")
         return {
             "seed": self.seed,
             "device": self.device,

@@ -69,6 +69,10 @@ class Artifact(Generic[A]):
     fingerprint: str
     loader: Callable[[Path], A]
 
+    def on_disk(self) -> Artifact[Any]:
+        """The same for a stage that wants to know where it lies, and not to have it read."""
+        return Artifact(self.folder, self.fingerprint, Path)
+
     def load(self) -> A:
         """Read the artifact. Raises RunFolderError if it cannot be read."""
         try:
@@ -441,6 +445,22 @@ def publish(folder: Path, write: Callable[[Path], object]) -> None:
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def link_tree(source: Path, target: Path, *, leave_out: Sequence[str] = ()) -> None:
+    """Copy a folder of finished files into an existing one, by further names for them where the file system can.
+
+    Nothing in a run folder is changed in place, so that sharing is safe, and weights take their space once.
+    """
+
+    def link(old: str, new: str) -> str:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+        return new
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*leave_out))
 
 
 def drop_half_line(path: Path) -> None:

@@ -124,8 +124,8 @@ def test_a_typo_exits_2_and_writes_nothing(call: Call, tmp_path: Path) -> None:
     assert err.startswith(f"error: {config}:2: sft.epocs: no such key; known: ") and "Did you mean 'epochs'?" in err
     assert call("run", QUICKSTART, "--until", "stf", "--out", "out")[::2] == (
         2,
-        "error: --until: no stage is named 'stf'; known: candidates, data, midtrain, rank-mid-train, rank-rl, "
-        "rank-sft, rl, sft, sids, traces. Did you mean 'sft'?\n",
+        "error: --until: no stage is named 'stf'; known: candidates, data, gate, midtrain, rank-exported, "
+        "rank-mid-train, rank-rl, rank-sft, rl, sft, sids, traces. Did you mean 'sft'?\n",
     )
     assert call("run", QUICKSTART, "data.use=tables", "data.folder=nowhere", "--out", "out", "--dry-run")[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]

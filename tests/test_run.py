@@ -68,7 +68,7 @@ def test_a_run_ends_in_a_report_of_every_system(undisturbed: Path) -> None:
 def test_a_second_run_finds_everything_done(undisturbed: Path) -> None:
     before = (undisturbed / "report.json").read_bytes()
     _, err = finish(start(undisturbed))
-    assert "started" not in err and err.count("skipped") == 10
+    assert "started" not in err and err.count("skipped") == 12
     assert (undisturbed / "report.json").read_bytes() == before
 
 
@@ -77,7 +77,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(undisturbed: Path, 
     subprocess.run(["cp", "-r", str(undisturbed), str(copy)], check=True)
     _, err = finish(start(copy, "optimizer.steps=1"))
     redone = [line.split()[1] for line in err.splitlines() if line.startswith("started")]
-    assert redone == ["rl", "rank-rl"]
+    assert redone == ["rl", "gate", "rank-rl", "rank-exported"]
 
 
 def test_a_second_process_is_refused_while_one_is_at_work(tmp_path: Path) -> None:

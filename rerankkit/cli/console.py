@@ -110,11 +110,15 @@ def print_table(report: Mapping[str, Any]) -> None:
             for m in names
         ]
         behaviour = (percent(row["identity_rate"]), f"{row['kendall_tau']:.2f}", percent(row["invalid_rate"]))
-        table.add_row(Text(row["name"]), *values, *behaviour, style="dim" if bound else "")
+        table.add_row(
+            Text(row["name"] + (" *" if row.get("exported") else "")), *values, *behaviour, style="dim" if bound else ""
+        )
     console.print(Text(report["headline"], "bold"))
     console.print(Text(report["condition"][:1].upper() + report["condition"][1:], "dim"))
     console.print()
     console.print(table)
+    if any(row.get("exported") for row in report["rows"]):
+        console.print(Text("* exported", "dim"))
     console.print()
     for text in report["findings"]:
         console.print(Text(text))

@@ -28,7 +28,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         ["system", *names, "same order", "Kendall tau", "invalid"],
         [
             [
-                _cell(row["name"]),
+                _cell(row["name"]) + (" (exported)" if row.get("exported") else ""),
                 *(_bold(number(row["metrics"][m]), row["name"] in best[m]) for m in names),
                 *(percent(row["identity_rate"]), f"{row['kendall_tau']:.2f}", percent(row["invalid_rate"])),
             ]
@@ -46,6 +46,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {_cell(text)}" for text in report["warnings"])]
     lines += _md_watch(report.get("watch", NO_WATCH))
+    lines += _md_gate(report.get("gate", {}))
+    lines += _md_bias(report.get("position_bias", {}))
     lines += ["", "## Before quoting a number", ""]
     lines += [f"- **{_cell(name)}**: {_cell(text)}" for name, text in caveats(report)]
     for heading, text in report.get("sections", {}).items():
@@ -67,6 +69,58 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         cells = [[_cell(part.get(key, "")) for key in keys] for part in parts]
         lines += ["", "## Parts", "", *_md_table(keys, cells)]
     return "\n".join(lines) + "\n"
+
+
+def _md_gate(gate: Mapping[str, Any]) -> list[str]:
+    """The choice of the exported policy, made on validation users."""
+    if not gate:
+        return []
+    lines = ["", "## The exported policy", "", f"{_cell(gate['reason'])}."]
+    if gate["rows"]:
+        names = list(dict.fromkeys((gate["metric"], "R@1", "R@5", "MRR")))
+        cells = [
+            [
+                _cell(row["name"]) + (" (exported)" if row["name"] == gate["exported"] else ""),
+                *(number(row["metrics"][name]) for name in names),
+                percent(row["identity_rate"]),
+            ]
+            for row in gate["rows"]
+        ]
+        lines += ["", f"On {gate['users']:,} validation users (the choice was made on them):", ""]
+        lines += _md_table(["policy", *names, "same order"], cells)
+    return lines
+
+
+def bias_rows(bias: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each system whose lists were shuffled."""
+    return [
+        [
+            name,
+            percent(found["same_first"]),
+            f"{found['kendall_tau']:.2f}",
+            number(found["metrics"]["NDCG@5"]["given"]),
+            "{} to {}".format(*(number(found["metrics"]["NDCG@5"][end]) for end in ("low", "high"))),
+            percent(found["shown_first"][0]),
+        ]
+        for name, found in bias.items()
+    ]
+
+
+BIAS_HEAD = (
+    "system",
+    "same first choice",
+    "Kendall tau",
+    "NDCG@5 as given",
+    "NDCG@5 shuffled",
+    "chose the first shown",
+)
+
+
+def _md_bias(bias: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not bias:
+        return []
+    rows = [[_cell(cell) for cell in row] for row in bias_rows(bias)]
+    return ["", "## Position bias", "", *_md_table(BIAS_HEAD, rows)]
 
 
 def _md_watch(watch: Mapping[str, Any]) -> list[str]:
@@ -113,6 +167,10 @@ def render_html(
         evidence_steps=_evidence_steps,
         cost=_cost(metrics),
         share=_share,
+        gate=report.get("gate", {}),
+        gate_names=list(dict.fromkeys((report.get("gate", {}).get("metric", "NDCG@5"), "R@1", "R@5", "MRR"))),
+        bias=bias_rows(report.get("position_bias", {})),
+        bias_head=BIAS_HEAD,
         moves=_moves(report),
         examples=examples,
         parts=report["manifest"].get("parts", []),
@@ -292,7 +350,8 @@ def caveats(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _moves(report: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in report["rows"]}
-    best = next((name for name in ("rl", "sft", "mid-train") if name in rows), None)
+    exported = [name for name, row in rows.items() if row.get("exported")]
+    best = next((name for name in (*exported, "rl", "sft", "mid-train") if name in rows), None)
     if best is None or "up_rate" not in rows[best]:
         return ""
     up, down = rows[best]["up_rate"], rows[best]["down_rate"]
@@ -313,7 +372,7 @@ def _forest(report: Mapping[str, Any]) -> str:
     groups: dict[str, dict[str, tuple[float, float, float]]] = {}
     for a, b in _pairs(report):
         for c in report["comparisons"]:
-            if (c["a"], c["b"]) == (a, b) and (b == "pre-rank" or a == "rl"):
+            if (c["a"], c["b"]) == (a, b) and (b == "pre-rank" or a.startswith("rl")):
                 whisker = (100 * c["difference"], 100 * c["low"], 100 * c["high"])
                 groups.setdefault(c["metric"], {})[f"{label(a)} over {label(b)}"] = whisker
     return interval_chart(groups, "Differences", "points, paired 95% intervals; right of zero is better")

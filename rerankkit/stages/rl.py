@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ from rerankkit.stages.rewards import combine
 from rerankkit.stages.training import adapting
 from rerankkit.stages.watch import Alarm, Watcher, measure, watch_facts
 from rerankkit.stages.wording import plain
-from rerankkit.store import STOPPED_RL, read_metrics, write_json, write_text
+from rerankkit.store import STOPPED_RL, link_tree, read_metrics, write_json, write_text
 from rerankkit.types import Reward, RunInfo, StepReport
 
 if TYPE_CHECKING:
@@ -24,6 +26,21 @@ if TYPE_CHECKING:
     from rerankkit.lm import Policy
     from rerankkit.stages.sids import SidMap
     from rerankkit.store import RunFolder
+
+
+@dataclass(frozen=True)
+class Reinforced:
+    """RL's policy at its end, and those that were kept on the way."""
+
+    policy: Policy
+    kept: Path | None = None
+    """A folder of `step-NNNNN` folders, each a saved policy."""
+
+    def save(self, folder: Path) -> None:
+        """The policy, and the others in `kept/`."""
+        self.policy.save(folder)
+        if self.kept is not None and self.kept.is_dir():
+            link_tree(self.kept, folder / "kept", leave_out=("*.tmp",))
 
 
 def _log(report: StepReport, info: RunInfo) -> None:
@@ -38,15 +55,19 @@ def reinforce(
     lists: CandidateLists,
     policy: Policy,
     lora: Lora | None = None,
+    keep_every: int = 0,
     *,
     info: RunInfo,
     watch: Callable[[StepReport, RunInfo], None] = _log,
-) -> Policy:
+) -> Reinforced:
     """Run the optimizer over the training lists that hold their target; every step goes to `watch`, which logs it.
 
     `rewards` are (weight, name, reward); the optimizer sees their weighted sum. Every process runs the whole loop: an
-    optimizer that does not share its work does the same steps in each.
+    optimizer that does not share its work does the same steps in each. Every `keep_every` steps the policy is kept as
+    it is; the last step's is what the stage returns.
     """
+    kept = info.work / "kept" if info.work and keep_every else None
+    last = 0
     examples = lists.examples(sids.attach(dataset.items), "train", only_with_target=True)
     if not examples:
         raise RunFailed(
@@ -56,7 +77,24 @@ def reinforce(
     with adapting(policy, lora, info):
         for report in optimizer.optimize(policy, examples, combine(rewards), info):
             watch(report, info)
-    return policy
+            last = report.step
+            if kept is not None and last % keep_every == 0:
+                _keep(policy, kept / f"step-{last:05d}")
+    if kept is not None and processes.is_main():
+        shutil.rmtree(kept / f"step-{last:05d}", ignore_errors=True)
+    return Reinforced(policy, kept)
+
+
+def _keep(policy: Policy, folder: Path) -> None:
+    from rerankkit.lm import save_snapshot
+
+    aside = folder.with_suffix(".tmp")
+    if processes.is_main():
+        for leftover in (aside, folder):  # of a run that was killed after this step, and does it again
+            shutil.rmtree(leftover, ignore_errors=True)
+    save_snapshot(policy, aside)
+    if processes.is_main():
+        aside.rename(folder)
 
 
 def save_completions(folder: Path, report: StepReport) -> None:
@@ -88,7 +126,7 @@ def save_completions(folder: Path, report: StepReport) -> None:
     aside.replace(folder / f"step-{report.step:05d}.parquet")
 
 
-def watching(reinforce: Callable[..., Policy], folder: RunFolder) -> Callable[..., Policy]:
+def watching(reinforce: Callable[..., Reinforced], folder: RunFolder) -> Callable[..., Reinforced]:
     """`reinforce` under the watch: the main process logs, saves each step's rollouts and tells plugins' hooks.
 
     A rule that fires is told at once; one that stops the run leaves `watch.json` and `watch.html` in the run folder.

@@ -65,7 +65,7 @@ def test_the_optimizer_gets_the_lists_that_hold_their_target_and_the_weighted_su
     recorder = Recorder()
     rewards = [(0.5, "a", fixed(1.0)), (2.0, "b", fixed(0.25))]
 
-    policy = reinforce(
+    found = reinforce(
         recorder,
         rewards,
         shop.dataset,
@@ -79,7 +79,7 @@ def test_the_optimizer_gets_the_lists_that_hold_their_target_and_the_weighted_su
     num_asks = len(shop.lists.examples(shop.items, "train"))
     # 0.5 * 1 + 2 * 0.25
     assert recorder.seen == [num_asks, [Reward(1.0, {"a": 1.0, "b": 0.25})]]
-    assert policy is shop.base
+    assert found.policy is shop.base and found.kept is None
     assert logged == []  # that is left to the watch
     assert watched == [1, 2]
 
