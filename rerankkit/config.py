@@ -329,6 +329,9 @@ class Sft(Schedule):
     """Loss weight of ranking tokens (GR2's lambda_o; likewise)."""
     reasoning: bool = True
     """Learn the traces' reasoning. Without it the policy answers with an empty explanation, also in RL and after."""
+    shuffle_candidates: bool = False
+    """List the candidates of each trace's prompt in an order drawn once: a guard against position bias, which takes
+    from the policy what the given order tells. Reasoning that speaks of places becomes wrong."""
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:

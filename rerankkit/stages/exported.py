@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -115,15 +115,6 @@ def shuffle_of(example: RerankExample, number: int, seed: int) -> list[int]:
     return places
 
 
-def shown(example: RerankExample, places: Sequence[int]) -> RerankExample:
-    """The example with its candidates in another order, as if it had been given so."""
-    return replace(
-        example,
-        candidates=tuple(example.candidates[i] for i in places),
-        relevance=tuple(example.relevance[i] for i in places),
-    )
-
-
 def _ranked_shuffled(
     how: How,
     policy: Policy,
@@ -134,7 +125,7 @@ def _ranked_shuffled(
     info: RunInfo,
 ) -> Rankings:
     places = {example.example_id: shuffle_of(example, number, info.seed) for example in examples}
-    other = [shown(example, places[example.example_id]) for example in examples]
+    other = [example.in_order(places[example.example_id]) for example in examples]
     found = rank_examples(how, policy, other, config, think, info, what=f"ranking shuffle {number}")
     back = {
         name: Ranking(tuple(places[name][i] for i in ranking.order), ranking.parse, ranking.problem)

@@ -290,10 +290,10 @@ def learning_curves(
     length = {"completions/mean_length": "answers", "completions/mean_reasoning_length": "reasoning"}
     taus = {"tau_within_group": "within a group", "tau_to_last": "to the last answers to the same ask"}
     why = {
-        key: key.removeprefix("frac_zero_std/").replace("_", " ")
+        key: key.removeprefix("zero_std/").replace("_", " ")
         for record in logs.get("rl", [])
         for key in record
-        if key.startswith("frac_zero_std/")
+        if key.startswith("zero_std/")
     }
     trust = {"kl": "KL", "logp_gap": "sampler against trainer"}
     clips = {"clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}

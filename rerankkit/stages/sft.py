@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rerankkit.config import Lora, Sft
@@ -42,10 +43,13 @@ def fine_tune(
     sequences: list[TrainSequence] = []
     for trace in traces.kept:
         example = examples[trace.example_id]
+        shown: Sequence[int] = range(len(example.candidates))
+        if config.shuffle_candidates:
+            shown = random.Random(f"{info.seed} shown {trace.example_id}").sample(shown, len(shown))
         sequences.append(
             trace_sequence(
                 policy,
-                rerank_messages(example, policy.surface, policy.style),
+                rerank_messages(example.in_order(shown), policy.surface, policy.style),
                 *answer_parts(trace.reasoning if config.reasoning else "", trace.order, example, policy.surface),
                 config.reasoning_weight,
                 config.ranking_weight,

@@ -24,13 +24,22 @@ Series: TypeAlias = Sequence[Mapping[str, Any]]
 Orders: TypeAlias = tuple[tuple[int, ...], ...]
 Judged: TypeAlias = list[tuple[Rollout, Outcome]]
 
-PLACE = "first_choice/"
+PLACE, ZERO_STD, WHY = "first_choice/", "frac_reward_zero_std", "zero_std/"
 EVIDENCE_STEPS = 60
 """Steps of the evidence that a report keeps: the latest."""
 
 
 def measure(report: StepReport) -> dict[str, float]:
-    """What a step's rollouts and outcomes tell, under the names of docs/watch.md; empty without rollouts."""
+    """What a step's rollouts and outcomes tell, under the names of docs/watch.md; empty without rollouts.
+
+    It stands over what an optimizer logs by the same name, but for `frac_reward_zero_std`: which groups it learns
+    nothing from, an optimizer that filters rollouts knows better.
+    """
+    found = _measured(report)
+    return found | {name: report.metrics[name] for name in (ZERO_STD,) if name in report.metrics and found}
+
+
+def _measured(report: StepReport) -> dict[str, float]:
     pairs = list(zip(report.rollouts, report.outcomes, strict=True))
     if not pairs:
         return {}
@@ -46,14 +55,19 @@ def measure(report: StepReport) -> dict[str, float]:
         **_no_variance(list(groups.values())),
         "rewards/failed": sum(isinstance(outcome, Failed) for _, outcome in pairs) / count,
         "rewards/not_applicable": sum(isinstance(outcome, NotApplicable) for _, outcome in pairs) / count,
-        "identity_rate": sum(rollout.ranking.identity for rollout in read) / count,
-        "first_kept_rate": sum(rollout.ranking.order[0] == 0 for rollout in read) / count,
+        "identity_rate": sum(rollout.ranking.order == _shown(rollout) for rollout in read) / count,
+        "first_kept_rate": sum(rollout.ranking.order[0] == _shown(rollout)[0] for rollout in read) / count,
         "invalid_rate": sum(rollout.ranking.parse is not Parse.OK for rollout, _ in pairs) / count,
-        **_mean("kendall_tau", [tau(range(len(r.ranking.order)), r.ranking.order) for r in read]),
+        **_mean("kendall_tau", [tau(_shown(r), r.ranking.order) for r in read]),
         **_mean("tau_within_group", within),
         **_places(read),
         **_lengths([rollout for rollout, _ in pairs]),
     }
+
+
+def _shown(rollout: Rollout) -> tuple[int, ...]:
+    """The order that the policy was given, and could copy: the pre-ranker's, unless the prompt was shuffled."""
+    return rollout.shown or tuple(range(len(rollout.ranking.order)))
 
 
 def tau(a: Sequence[int], b: Sequence[int]) -> float:
@@ -93,8 +107,8 @@ def _no_variance(groups: Sequence[Judged]) -> dict[str, float]:
         counts[_why_equal([rollout for rollout, _ in judged])] += 1
     return {
         **_mean("reward_std", spreads),
-        "frac_reward_zero_std": sum(counts.values()) / len(groups),
-        **{f"frac_zero_std/{reason}": number / len(groups) for reason, number in counts.items()},
+        ZERO_STD: sum(counts.values()) / len(groups),
+        **{f"{WHY}{reason}": number / len(groups) for reason, number in counts.items()},
     }
 
 
@@ -111,9 +125,9 @@ def _why_equal(judged: Sequence[Rollout]) -> str:
 
 
 def _places(read: Sequence[Rollout]) -> dict[str, float]:
-    """Shares of the answers whose first item was given at place 1, 2, ...: the histogram of the choice."""
+    """Shares of the answers whose first item was shown at place 1, 2, ...: the histogram of the choice."""
     size = max((len(rollout.ranking.order) for rollout in read), default=0)
-    chosen = [rollout.ranking.order[0] for rollout in read]
+    chosen = [_shown(rollout).index(rollout.ranking.order[0]) for rollout in read]
     return {f"{PLACE}{place + 1}": chosen.count(place) / len(read) for place in range(size)}
 
 
@@ -166,14 +180,14 @@ def error_budget(series: Series, settings: Watch) -> str:
 def no_signal(series: Series, settings: Watch) -> str:
     """In none of the last steps did a group's rewards differ."""
     latest = series[-settings.window :]
-    if len(latest) < settings.window or any(record.get("frac_reward_zero_std", 0.0) < 1 for record in latest):
+    if len(latest) < settings.window or any(record.get(ZERO_STD, 0.0) < 1 for record in latest):
         return ""
     values = {record[end] for record in latest for end in ("reward_min", "reward_max") if end in record}
     every = f"all rewards were {values.pop():g}" if len(values) == 1 else "rewards were equal within every group"
     reasons = {
-        name.removeprefix("frac_zero_std/"): fmean(record.get(name, 0.0) for record in latest)
+        name.removeprefix(WHY): fmean(record.get(name, 0.0) for record in latest)
         for name in latest[-1]
-        if name.startswith("frac_zero_std/")
+        if name.startswith(WHY)
     }
     why = ", ".join(f"{share:.0%} {name.replace('_', ' ')}" for name, share in reasons.items() if share)
     return f"for {settings.window} steps {every} ({why}): there is nothing to learn from; look at completions/"
@@ -241,7 +255,7 @@ def one_place(series: Series, settings: Watch) -> str:
 RULES: Mapping[str, Rule] = {
     "not_a_number": Rule(not_a_number, LEARNT),
     "error_budget": Rule(error_budget, ("rewards/failed",)),
-    "no_signal": Rule(no_signal, ("frac_reward_zero_std", "reward_min", "reward_max", "frac_zero_std/")),
+    "no_signal": Rule(no_signal, (ZERO_STD, "reward_min", "reward_max", WHY)),
     "entropy_collapse": Rule(entropy_collapse, ("entropy",)),
     "length_collapse": Rule(length_collapse, ("completions/mean_reasoning_length", "completions/mean_length")),
     "length_explosion": Rule(length_explosion, ("completions/mean_length", "completions/clipped_ratio")),

@@ -8,7 +8,7 @@ import pytest
 
 from rerankkit.config import Answering
 from rerankkit.stages import exported
-from rerankkit.stages.exported import ExportedRankings, position_bias, rank_exported, shown, shuffle_of
+from rerankkit.stages.exported import ExportedRankings, position_bias, rank_exported, shuffle_of
 from rerankkit.stages.gate import Exported
 from rerankkit.stages.rankings import Rankings
 from rerankkit.types import Item, Ranking, RerankExample, RunInfo
@@ -36,9 +36,6 @@ def test_a_shuffle_is_a_permutation_of_its_own_for_each_user_and_round() -> None
     assert len({tuple(places) for places in found}) > 15  # of 24 there are
     assert found[:40] != found[40:]
     assert shuffle_of(EXAMPLES[3], 1, 7) == found[3] and shuffle_of(EXAMPLES[3], 1, 8) != found[3]
-    one = shown(EXAMPLES[2], [3, 2, 0, 1])
-    assert [item.item_id for item in one.candidates] == ["e23", "e22", "e20", "e21"]
-    assert one.relevance == (0.0, 1.0, 0.0, 0.0)
 
 
 def test_a_policy_that_looks_at_items_alone_is_free_of_bias() -> None:

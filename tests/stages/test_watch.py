@@ -58,7 +58,7 @@ def test_a_step_is_measured_from_its_rollouts_alone() -> None:
     assert found["reward"] == 0.5 and (found["reward_min"], found["reward_max"]) == (0.0, 1.0)
     assert found["reward_std"] == 0.5  # of 0 and 1; the other group has one reward alone
     assert (found["rewards/rank/mean"], found["rewards/form/mean"]) == (0.5, 0.5)
-    assert found["frac_reward_zero_std"] == found["frac_zero_std/unjudged"] == 0.5
+    assert found["frac_reward_zero_std"] == found["zero_std/unjudged"] == 0.5
     assert (found["rewards/failed"], found["rewards/not_applicable"]) == (0.25, 0.0)
     # the unreadable answer shows the given order, but did not choose it
     assert (found["identity_rate"], found["first_kept_rate"], found["invalid_rate"]) == (0.25, 0.25, 0.25)
@@ -82,12 +82,31 @@ def test_a_step_is_measured_from_its_rollouts_alone() -> None:
 )
 def test_a_group_without_variance_has_a_reason(reason: str, group: list[tuple[Rollout, Outcome]]) -> None:
     found = measure(step(1, *group))
-    shares = {name: share for name, share in found.items() if name.startswith("frac_zero_std/")}
-    assert shares == {f"frac_zero_std/{name}": float(name == reason) for name in REASONS}
+    shares = {name: share for name, share in found.items() if name.startswith("zero_std/")}
+    assert shares == {f"zero_std/{name}": float(name == reason) for name in REASONS}
     assert found["frac_reward_zero_std"] == 1.0
 
 
 REASONS = ("unjudged", "same_answers", "unreadable", "target_first", "other")
+
+
+def test_a_shuffled_prompt_is_copied_when_the_answer_has_its_order_and_not_the_given_one() -> None:
+    copied = said(A, 2, 0, 1, shown=(2, 0, 1))
+    given = said(A, 0, 1, 2, shown=(2, 0, 1))  # the given order, of which this prompt showed the second first
+    found = measure(step(1, (copied, Reward(1)), (given, Reward(0))))
+    assert (found["identity_rate"], found["first_kept_rate"]) == (0.5, 0.5)
+    assert (found["first_choice/1"], found["first_choice/2"]) == (0.5, 0.5)
+    # against (2, 0, 1) the order (0, 1, 2) has two inversions of three: 1 - 4 * 2 / 6
+    assert found["kendall_tau"] == pytest.approx((1 - 1 / 3) / 2)
+
+
+def test_which_groups_teach_nothing_is_for_the_optimizer_to_say() -> None:
+    filtered = step(
+        1, (said(A, 0, 1, 2), Reward(1)), (said(A, 1, 0, 2), Reward(0)), frac_reward_zero_std=1.0, reward=7.0
+    )
+    found = measure(filtered)
+    assert found["frac_reward_zero_std"] == 1.0 and found["zero_std/other"] == 0.0  # it left one of the two out
+    assert found["reward"] == 0.5
 
 
 def test_a_step_without_rollouts_has_no_measures() -> None:
@@ -210,7 +229,7 @@ def test_equal_rewards_are_told_apart_by_kind() -> None:
 
     assert "all rewards were 0 (" in sentence(reward_min=0.0, reward_max=0.0)
     assert "all rewards were 0.5 (" in sentence(reward_min=0.5, reward_max=0.5)
-    told = sentence(reward_min=0.0, reward_max=1.0, **{"frac_zero_std/same_answers": 0.75, "frac_zero_std/other": 0.25})
+    told = sentence(reward_min=0.0, reward_max=1.0, **{"zero_std/same_answers": 0.75, "zero_std/other": 0.25})
     assert "rewards were equal within every group (75% same answers, 25% other)" in told
 
 
