@@ -59,7 +59,7 @@ def report_run(
         title="Re-ranking the simulated shop" if isinstance(config.data, WorldData) else "Re-ranking",
         protocol=candidates.protocol("test"),
         lists_digest=candidates.digest,
-        caveats=_caveats(config),
+        caveats=_caveats(config) | _choice(gate.load().facts),
         data=_notes(dataset, candidates),
         sids=scorecard_facts(sid_map.scorecard),
         teacher={
@@ -102,6 +102,12 @@ def report_run(
     write_json(folder.path / "manifest.json", {**record, "fingerprints": folder.fingerprints, **seconds})
     write_report(folder.path, report, metrics, cards)
     return report
+
+
+def _choice(facts: Mapping[str, Any]) -> dict[str, str]:
+    """On whom the exported policy was chosen."""
+    users = f"chosen by {facts['metric']} on {facts['users']:,} validation users; test users had no part in it"
+    return {"exported policy": users if facts["users"] else "not chosen but taken: RL's end"}
 
 
 def _notes(dataset: Dataset, candidates: CandidateLists) -> dict[str, Any]:

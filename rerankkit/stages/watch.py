@@ -383,6 +383,8 @@ def _step_of(file: Path) -> int:
 
 def _then_and_now(series: Series, name: str, window: int) -> tuple[float, float] | None:
     """Means over the first and the last steps that have a metric; None before there are enough for both."""
+    if name not in series[-1]:  # an optimizer that does not log it: no need to search the whole series
+        return None
     then, now = _ends(series, name, window)
     if len(then) < window or then[-1][0] >= now[-1][0]:  # the two would share a step
         return None
