@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from rerankkit.config import Answering, Gate
+from rerankkit.config import Answering, Gate, Schedule
 from rerankkit.data.lists import CandidateLists
-from rerankkit.lm import Policy
+from rerankkit.lm import Policy, trace_sequence
 from rerankkit.stages import gate
 from rerankkit.stages.gate import Exported, best_of, choose_policy, reason
 from rerankkit.stages.rankings import Rankings
 from rerankkit.stages.rl import reinforce
+from rerankkit.stages.training import train
+from rerankkit.text.prompts import answer_parts, rerank_messages
 from rerankkit.types import Ranking, RerankExample, Reward, RunInfo, StepReport
 
 from .conftest import Shop
@@ -201,3 +203,39 @@ def test_kept_policies_are_those_of_their_steps_and_load_as_ever(shop: Shop, inf
         pairs = zip(loaded.model.state_dict().values(), expected.model.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
         assert loaded.codebook_sizes == expected.codebook_sizes
+
+
+@pytest.mark.slow
+def test_a_policy_made_worse_by_its_optimizer_is_caught(shop: Shop, info: RunInfo, tmp_path: Path) -> None:
+    """With real policies: one that has learnt these users' targets, and an optimizer that scatters its weights."""
+    policy = shop.policy()
+    policy.thinks = False
+    examples = shop.lists.examples(shop.items, "valid")
+    lessons = [
+        trace_sequence(
+            policy,
+            rerank_messages(e, policy.surface, policy.style),
+            *answer_parts("", sorted(range(4), key=lambda i, e=e: -e.relevance[i]), e, policy.surface),
+            0.0,
+            1.0,
+        )
+        for e in examples
+    ]
+    schedule = Schedule(learning_rate=1e-2, warmup_steps=5, checkpoint_every=1000)
+    train(policy, lambda step: lessons, 80, schedule, RunInfo(seed=1), what="learning by heart")
+    policy.save(tmp_path / "sft")
+    shop.base.save(tmp_path / "mid")
+
+    reward = (1.0, "a", lambda rollouts: [Reward(1.0)] * len(rollouts))
+    ended = reinforce(
+        Harmful(0.3), [reward], shop.dataset, shop.sids, shop.lists, Policy.load(tmp_path / "sft"), None, 2, info=info
+    )
+    (tmp_path / "rl").mkdir()
+    ended.save(tmp_path / "rl")
+    folders = [tmp_path / name for name in ("mid", "sft", "rl")]
+    facts = choose_policy(Gate(), SHORT, True, shop.dataset, shop.sids, shop.lists, *folders, info=info).facts
+
+    means = {row["name"]: row["metrics"]["NDCG@5"] for row in facts["rows"]}
+    assert facts["exported"] == "sft" and list(means) == ["pre-rank", "mid-train", "sft", "rl@2", "rl"]
+    assert means["sft"] > 0.9 and means["rl"] < means["sft"] - 0.1
+    assert facts["reason"].startswith("SFT was exported, not RL: the best NDCG@5 of 4 policies on ")
