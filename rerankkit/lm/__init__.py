@@ -15,6 +15,7 @@ from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.lm.score import score_candidates, score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
 from rerankkit.lm.shard import sharded
+from rerankkit.lm.snapshot import save_snapshot
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
 from rerankkit.lm.update import accumulate, apply_gradients, passes
@@ -50,6 +51,7 @@ __all__ = [
     "reference_of",
     "roll_out",
     "save_checkpoint",
+    "save_snapshot",
     "score_candidates",
     "score_continuations",
     "scratch_policy",

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from rerankkit.errors import UsageError
 from rerankkit.lm.cache import bfloat16_pays
 from rerankkit.lm.permutation import answer_mask
 from rerankkit.lm.policy import Policy
@@ -30,6 +31,7 @@ def ask(
     salt: str = "",
     first_group: int = 0,
     constrain: bool = True,
+    think: bool | None = None,
     shuffle: bool = False,
 ) -> list[Rollout]:
     """`group_size` rollouts of each example, group after group, the groups numbered from `first_group`.
@@ -37,8 +39,12 @@ def ask(
     What is sampled for an example depends on (`info.seed`, `salt`, its id), not on its neighbours. With `constrain`,
     reasoning is free and every answer is a complete permutation; raises UsageError if `max_new_tokens` cannot hold it.
     With `shuffle` each prompt lists the candidates in an order of its own (`Rollout.shown`), drawn from the same key;
-    examples, and rankings with them, stay in the order that was given.
+    examples, and rankings with them, stay in the order that was given. Without `think` the explanation is empty, by the
+    mask; None does as the policy was trained.
     """
+    if think is False and not constrain:
+        raise UsageError("an empty explanation is forced by the mask: think = false needs constrain = true.")
+    reasons = policy.thinks if think is None else think
     shown = [_shuffled(example, info.seed, salt) if shuffle else () for example in examples]
     groups = roll_out(
         policy,
@@ -49,7 +55,7 @@ def ask(
         top_p=top_p,
         seeds=[seed_of(info.seed, salt, example.example_id) for example in examples],
         autocast=torch.bfloat16 if info.precision == "bfloat16" and bfloat16_pays(policy.device) else None,
-        masks=[answer_mask(policy, example, max_new_tokens) for example in examples] if constrain else None,
+        masks=[answer_mask(policy, example, max_new_tokens, reasons) for example in examples] if constrain else None,
     )
     return [
         as_rollout(policy, example, sample, first_group + number, order)

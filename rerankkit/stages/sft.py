@@ -34,7 +34,8 @@ def fine_tune(
     """Teach the mid-trained policy to answer as the teacher did.
 
     L = -lambda_r * sum log P(reasoning tokens) - lambda_o * sum log P(ranking tokens), over answer tokens only, divided
-    by the weights' sum so that the step size does not depend on the batch.
+    by the weights' sum so that the step size does not depend on the batch. Without `config.reasoning` explanations are
+    empty, and the policy remembers it.
     """
     from rerankkit.lm import trace_sequence
 
@@ -50,7 +51,10 @@ def fine_tune(
                 policy,
                 rerank_messages(example.in_order(shown), policy.surface, policy.style),
                 *answer_parts(
-                    trace.reasoning, [shown.index(i) for i in trace.order], example.in_order(shown), policy.surface
+                    trace.reasoning if config.reasoning else "",
+                    [shown.index(i) for i in trace.order],
+                    example.in_order(shown),
+                    policy.surface,
                 ),
                 config.reasoning_weight,
                 config.ranking_weight,
@@ -66,6 +70,7 @@ def fine_tune(
         random.Random(f"{info.seed} sft {epoch}").shuffle(order)
         return [sequences[i] for i in order[place * per_step : (place + 1) * per_step]]
 
+    policy.thinks = config.reasoning
     steps = steps_per_epoch * config.epochs
     with adapting(policy, lora, info):
         train(policy, batch, steps, config, info, what="fine-tuning")

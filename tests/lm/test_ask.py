@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankkit.lm import Sample
+from rerankkit.errors import UsageError
+from rerankkit.lm import Policy, Sample
 from rerankkit.lm.ask import _boundary, as_rollout, ask, prompt_of, seed_of
 from rerankkit.text.answers import RANKING_KEY
-from rerankkit.text.prompts import PromptStyle, answer_parts
+from rerankkit.text.prompts import HEAD, PromptStyle, answer_parts
 from rerankkit.types import Item, Parse, RerankExample, RunInfo
 
 from .conftest import make_policy
@@ -58,6 +60,43 @@ def test_what_is_sampled_depends_on_seed_salt_and_id_and_not_on_neighbours() -> 
     assert asked([example("a")], salt="step 2") != alone
     assert asked([example("a")], info=RunInfo(seed=4)) != alone
     assert alone[0] != alone[1]
+
+
+def test_without_thinking_an_answer_begins_behind_an_empty_explanation() -> None:
+    quiet = ask(
+        POLICY, [example()], group_size=4, max_new_tokens=60, temperature=1.0, info=RunInfo(seed=3), think=False
+    )
+    empty = POLICY.encode(HEAD)
+    for rollout in quiet:
+        assert rollout.reasoning == "" and rollout.text.startswith(
+            '{"explanation": "", "recommendations": ["<|sid_begin|>'
+        )
+        assert rollout.num_reasoning_tokens == len(empty)
+        # all of it is forced: nothing that a policy could be praised or blamed for
+        first = next(i for i, ids in enumerate(rollout.allowed_ids) if ids is None or len(ids) > 1)
+        assert POLICY.decode(rollout.token_ids[:first]).endswith("<|sid_begin|>")
+        assert sum(rollout.logps[:first]) == 0.0
+    assert len({rollout.ranking.order for rollout in quiet}) > 1
+
+
+def test_a_policy_that_learnt_no_reasoning_gives_none_and_says_so_when_it_is_loaded(tmp_path: Path) -> None:
+    policy = make_policy(num_kv_heads=2)
+    policy.thinks = False
+    policy.save(tmp_path)
+    loaded = Policy.load(tmp_path)
+    assert loaded.thinks is False
+    asking = {"group_size": 1, "max_new_tokens": 60, "temperature": 0.0, "info": RunInfo(seed=3)}
+    assert ask(loaded, [example()], **asking)[0].reasoning == ""  # type: ignore[arg-type]
+    assert ask(loaded, [example()], think=True, **asking)[0].reasoning != ""  # type: ignore[arg-type]
+    (tmp_path / "rerankkit.json").write_text(
+        (tmp_path / "rerankkit.json").read_text().replace('"thinks": false', '"x": 1')
+    )
+    assert Policy.load(tmp_path).thinks  # as all did before there was a choice
+
+
+def test_an_empty_explanation_without_the_mask_is_refused() -> None:
+    with pytest.raises(UsageError, match="think = false needs constrain = true"):
+        asked([example()], constrain=False, think=False)
 
 
 def test_shuffled_prompts_change_what_is_read_and_not_what_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,3 +49,21 @@ def test_shuffled_prompts_have_an_order_each_and_the_same_answer(shop: Shop, mon
     assert len(set(orders)) > 3 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
     assert orders == orders_shown(shop, monkeypatch, 1, shuffle_candidates=True)
     assert orders != orders_shown(shop, monkeypatch, 2, shuffle_candidates=True)
+
+
+@pytest.mark.parametrize(("reasoning", "learnt"), [(True, "it suits them"), (False, "")])
+def test_reasoning_is_learnt_or_left_empty_for_good(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, reasoning: bool, learnt: str
+) -> None:
+    answers: list[str] = []
+
+    def keep(policy: Policy, batch: Any, *rest: Any, **more: Any) -> None:
+        answers.extend(policy.decode(sequence.token_ids) for sequence in batch(1))
+
+    monkeypatch.setattr(sft, "train", keep)
+    examples = shop.lists.examples(shop.items, "train", only_with_target=True)[:3]
+    traces = Traces(tuple(Trace(e.example_id, "it suits them", (3, 1, 0, 2)) for e in examples), ())
+    asked = (shop.dataset, shop.sids, shop.lists, traces, shop.policy())
+    policy = sft.fine_tune(Sft(reasoning=reasoning), *asked, info=RunInfo())
+    assert policy.thinks is reasoning
+    assert len(answers) == 3 and all(f'"explanation": "{learnt}", "recommendations"' in answer for answer in answers)
