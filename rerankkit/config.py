@@ -127,10 +127,6 @@ class _Lists(Block):
     """Candidates in a list."""
     earlier_steps: NonNegativeInt = 0
     """Further training lists from each user's earlier steps, besides the one before validation."""
-    evidence: tuple[Literal["alike", "last", "together", "brand", "kind"], ...] = ()
-    """Facts about each candidate that prompts show before its SID: text `alike` one of the last three items' or the
-    `last` one's (0 to 9), users who bought it `together` with them (log2), how many share its `brand`, how many levels
-    of its category (`kind`) the last one shares. Looked up without what the user did at the listed step or later."""
     max_train: PositiveInt | None = None
     """Training lists of at most this many users (a seeded sample); none means all."""
     max_valid: PositiveInt | None = None
@@ -198,6 +194,10 @@ class Prompt(Block):
     """Knowledge priming (KP): mention that purchases follow sequences."""
     terse: bool = False
     """One line of instruction in place of the full one, for small policies."""
+    evidence: tuple[Literal["alike", "last", "together", "brand", "kind"], ...] = ()
+    """Facts about each candidate, looked up when lists are made, without what the user did at the listed step or later;
+    a token each. How `alike` its text is to the last three items' or the `last` one's (0 to 9), how many users bought it
+    `together` with them (log2), how many share its `brand`, how many levels of its category (`kind`) the last has."""
     cite: Literal["sid", "place"] = "sid"
     """How answers name candidates: by SID, as GR2 does, or by place in the list (`<c_1>`), which small policies learn
     much sooner."""

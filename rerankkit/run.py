@@ -72,12 +72,13 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     tables, recipe = source_digests(c.data, c.candidates), drawn_with(c)
     lora = c.policy.lora if isinstance(c.policy, PretrainedPolicy) else None
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
+    facts = c.policy.prompt.evidence
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
     drawn = gated(draw_sids, folder)
     sids = stage("sids", drawn, SidMap.load, c.tokenizer, c.sids, c.data.embeddings, data, recipe)
     mid = together("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
     own = (sids, mid) if c.candidates.use == "policy" else (None, None)
-    lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)
+    lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own, facts)
     traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
     sft = together("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid, lora)
     learnt = (c.optimizer, c.reward, data, sids, lists, sft, lora, c.gate.keep_every)

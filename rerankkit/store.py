@@ -209,8 +209,9 @@ class RunFolder:
                 file.write(json.dumps({"stage": stage, **metrics}) + "\n")
             self.track({f"{stage}/{key}": value for key, value in metrics.items()})
 
-        places = self.config.candidates.size if self.config.policy.prompt.cite == "place" else 0
-        surface, precision = SidSurface(places=places), self.config.policy.precision
+        prompt = self.config.policy.prompt
+        places = self.config.candidates.size if prompt.cite == "place" else 0
+        surface, precision = SidSurface(places=places, facts=prompt.evidence), self.config.policy.precision
         told: dict[str, Any] = {}
         if processes.is_main():
             told = {"log": log} if self.progress is None else {"log": log, "progress": self.progress}

@@ -73,7 +73,7 @@ class RerankExample:
     relevance: tuple[float, ...]
     """Graded relevance, aligned with `candidates`; 0 is irrelevant. All zero when the target is not listed."""
     evidence: tuple[Mapping[str, int], ...] = ()
-    """Facts about each candidate that the prompt shows, by name (see `candidates.evidence`); empty without any."""
+    """Facts about each candidate that the prompt shows, by name (see `policy.prompt.evidence`); empty without any."""
 
     @property
     def target_index(self) -> int | None:
@@ -215,6 +215,12 @@ class SidSurface:
     """If not 0, candidates are cited by their place in the prompt, `<c_1>` to as many as this, and not by their SIDs:
     ten tokens that every example has are sooner learned than ten thousand that few have."""
 
+    facts: tuple[str, ...] = ()
+    """Evidence that prompts show, by name, each value of it a token of its own: `<alike_0>` to `<alike_9>`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", tuple(self.facts))  # JSON knows lists alone
+
     def names(self, example: RerankExample) -> list[str]:
         """What each candidate is called in a prompt that shows them in the example's order, and in its answer."""
         if not self.places:
@@ -230,6 +236,10 @@ class SidSurface:
         """`<c_1>` for the first candidate, place 0."""
         return f"<c_{place + 1}>"
 
+    def told(self, evidence: Mapping[str, int]) -> str:
+        """What is known about a candidate, always all of it and in one order: `<alike_7><together_2>`."""
+        return "".join(f"<{name}_{min(9, max(0, evidence.get(name, 0)))}>" for name in self.facts)
+
     def token(self, level: int, code: int) -> str:
         """`<s_a_57>` for level 0 and code 57."""
         return f"<{self.prefix}_{chr(ord('a') + level)}_{code}>"
@@ -241,7 +251,8 @@ class SidSurface:
     def tokens(self, codebook_sizes: Sequence[int]) -> list[str]:
         """Every token that SIDs over these codebooks need, in a fixed order."""
         codes = [self.token(level, code) for level, size in enumerate(codebook_sizes) for code in range(size)]
-        return [self.begin, self.end, *codes, *map(self.place, range(self.places))]
+        facts = [f"<{name}_{value}>" for name in self.facts for value in range(10)]
+        return [self.begin, self.end, *codes, *map(self.place, range(self.places)), *facts]
 
     def find(self, text: str) -> list[Sid]:
         """Every well-formed SID in `text`, in order of appearance."""
@@ -249,13 +260,22 @@ class SidSurface:
 
     def citations(self, text: str) -> list[str]:
         """Every well-formed SID, and every place if they are in use, as they are spelled, in order of appearance."""
+        return [spelled for _, spelled in self._cited(text) if spelled not in self._fact_tokens()]
+
+    def marks(self, text: str) -> list[str]:
+        """As `citations`, with evidence."""
         return [spelled for _, spelled in self._cited(text)]
+
+    def _fact_tokens(self) -> frozenset[str]:
+        return frozenset(f"<{name}_{value}>" for name in self.facts for value in range(10))
 
     def _cited(self, text: str) -> list[tuple[Sid, str]]:
         level = rf"<{re.escape(self.prefix)}_([a-z])_(\d{{1,9}})>"
         whole = re.escape(self.begin) + rf"((?:{level})+)" + re.escape(self.end)
         found: list[tuple[Sid, str]] = []
-        for match in re.finditer(rf"{whole}|<c_\d{{1,9}}>" if self.places else whole, text):
+        others = [r"<c_\d{1,9}>"] if self.places else []
+        others += [rf"<(?:{'|'.join(map(re.escape, self.facts))})_\d>"] if self.facts else []
+        for match in re.finditer("|".join([whole, *others]), text):
             codes = re.findall(level, match.group(1) or "")
             if codes and [letter for letter, _ in codes] == [chr(ord("a") + i) for i in range(len(codes))]:
                 sid = tuple(int(code) for _, code in codes)

@@ -312,8 +312,8 @@ def _weighed(request: Request, choice: int, sid: str) -> str:
     for name in (name for name in LEADS if name in evidence[0]):
         values = [facts[name] for facts in evidence]
         leads.append(f"most {name}: {request.surface.text(candidates[values.index(max(values))].sid)}.")
-    known = " ".join(f"{name} {value}" for name, value in evidence[choice].items() if value)
-    return " ".join([*leads, f"best: {sid} {known}".rstrip() + "."])
+    told = request.surface.told(evidence[choice])
+    return " ".join([*leads, f"best: {sid} {told}."])
 
 
 def _next(history: Sequence[Seen], item: Seen, lessons: Lessons) -> str:

@@ -26,10 +26,11 @@ def make_candidates(
     dataset: Dataset,
     sids: SidMap | None,
     policy: Policy | None,
+    facts: tuple[str, ...] = (),
     *,
     info: RunInfo,
 ) -> CandidateLists:
-    """Lists for training, validation and test. `sids` and `policy` are for lists that the policy itself makes."""
+    """Lists for training, validation and test, with the evidence that prompts show (`facts`, by name). `sids` and `policy` are for lists that the policy itself makes."""
     from rerankkit.data.prerankers import Knn, KnnSettings, Popularity, from_file, make_lists
 
     preranker: PreRanker
@@ -58,11 +59,11 @@ def make_candidates(
         max_users={split: limit for split, limit in limits.items() if limit is not None},
         seed=info.seed,
     )
-    if config.evidence:
+    if facts:
         from rerankkit.data.evidence import Evidence
 
         refit = config.refit if isinstance(config, KnnLists | PopularityLists) else True
-        lists = Evidence(dataset, config.evidence, refit=refit).attached(lists)
+        lists = Evidence(dataset, facts, refit=refit).attached(lists)
     longest = max((len(one.candidates) for one in lists), default=0)
     if longest < config.size:
         advice = f"set candidates.size = {longest}, or " if longest >= 2 else ""

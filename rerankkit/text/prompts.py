@@ -83,18 +83,14 @@ def item_line(item: Item, surface: SidSurface, style: PromptStyle) -> str:
 
 
 def candidate_line(example: RerankExample, place: int, surface: SidSurface, style: PromptStyle) -> str:
-    """A candidate on one line: its item line, after what the lists know about it: `1 alike 7 brand 2 <sid> title`.
+    """A candidate on one line: its item line, the evidence about it, and last the place it is cited by, if it is.
 
-    Facts that are 0 are left out. Evidence comes before the SID, and the place by which a candidate is cited last
-    (`alike 7 brand 2 <sid> title <c_1>`): a causal model knows there all that the line says, and need not look twice.
+    `<sid> title <alike_7><brand_2> <c_1>`. A causal model knows at the end of a line all that the line says, and where
+    the evidence has as many tokens in every line, each fact always stands as far from there.
     """
-    line = item_line(example.candidates[place], surface, style)
-    facts = ""
-    if example.evidence:
-        facts = "".join(f"{name} {value} " for name, value in example.evidence[place].items() if value)
-    if surface.places:
-        return f"{facts}{line} {surface.names(example)[place]}"
-    return f"{place + 1} {facts}{line}" if example.evidence else line
+    told = surface.told(example.evidence[place]) if example.evidence else ""
+    cited = surface.names(example)[place] if surface.places else ""
+    return " ".join(filter(None, [item_line(example.candidates[place], surface, style), told, cited]))
 
 
 def shown_history(history: Sequence[Item], style: PromptStyle) -> Sequence[Item]:
@@ -182,8 +178,9 @@ def clean_reasoning(reasoning: str, example: RerankExample, surface: SidSurface)
     names = surface.names(example)
     own = {text: text for text in (*(surface.text(item.sid) for item in example.history), *names)}
     own |= {surface.text(item.sid): name for item, name in zip(example.candidates, names, strict=True)}
+    own |= {mark: mark for known in example.evidence for mark in surface.marks(surface.told(known))}
     done, rest = "", reasoning
-    for cited in surface.citations(reasoning):
+    for cited in surface.marks(reasoning):
         before, found, after = rest.partition(cited)
         if found:  # <s_a_007> is found as 7, but 7's own text is not there: it stays in `rest`, and clean() takes it
             done, rest = _join(done, clean(before)), after
