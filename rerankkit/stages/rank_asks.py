@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 
 from rerankkit.config import Evaluate, RunConfig, find_plugins, make_config
 from rerankkit.errors import DataError, RunFolderError, UsageError, did_you_mean
@@ -315,10 +315,16 @@ class _Item(BaseModel):
 _Items: TypeAlias = tuple[Annotated[_Item, BeforeValidator(_as_item)], ...]
 
 
+def _name(value: object) -> object:
+    if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
+        raise ValueError("an id is a string or a whole number")
+    return value
+
+
 class _Line(BaseModel):
     """Other keys are the user's own, and left alone."""
 
-    id: Annotated[str, Field(strict=True)] | Annotated[int, Field(strict=True)] | None = None
+    id: Annotated[object, AfterValidator(_name)] = None
     history: _Items
     candidates: Annotated[_Items, Field(min_length=1)]
     scores: tuple[FiniteFloat, ...] | None = None
@@ -355,7 +361,8 @@ def parse_ask(value: Any, where: str, number: int) -> Ask:
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
         if fault["type"] == "missing":
             raise DataError(f"{where}: {key}: missing; {did_you_mean(key, map(str, value))}") from error
-        raise DataError(f"{where}: {key}: {fault['input']!r:.80} cannot be used: {fault['msg']}.") from error
+        why = fault["msg"].removeprefix("Value error, ")
+        raise DataError(f"{where}: {key}: {fault['input']!r:.80} cannot be used: {why}.") from error
     candidates = tuple(map(_item_of, line.candidates))
     ids = [item.item_id for item in candidates]
     for place, item_id in enumerate(ids):
@@ -364,6 +371,7 @@ def parse_ask(value: Any, where: str, number: int) -> Ask:
     if line.scores is not None and len(line.scores) != len(candidates):
         raise DataError(f"{where}: scores: {len(line.scores)} for {len(candidates)} candidates.")
     name = number if line.id is None else line.id
+    assert isinstance(name, str | int)
     return Ask(name, tuple(map(_item_of, line.history)), candidates, line.scores or (), where)
 
 

@@ -233,7 +233,7 @@ def test_sids_in_the_reasoning_are_told_apart(
         ('{"history": [], "candidates": ["a", 7, "7"]}', "asks.jsonl:2: candidates[2]: '7' stands in the list twice."),
         ('{"history": [], "candidates": ["a"], "scores": [1, 2]}', "asks.jsonl:2: scores: 2 for 1 candidates."),
         ('{"history": [], "candidates": ["a"], "scores": [NaN]}', "asks.jsonl:2: scores[0]: nan cannot be used: "),
-        ('{"history": [], "candidates": ["a"], "id": 1.5}', "asks.jsonl:2: id"),
+        ('{"history": [], "candidates": ["a"], "id": 1.5}', "asks.jsonl:2: id: 1.5 cannot be used: an id is a string"),
     ],
 )
 def test_a_bad_line_is_named_with_its_key(line: str, problem: str, tmp_path: Path) -> None:
