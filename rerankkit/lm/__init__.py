@@ -13,7 +13,7 @@ from rerankkit.lm.policy import Policy
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.lm.score import score_candidates, score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
-from rerankkit.lm.shard import sharded
+from rerankkit.lm.shard import adamw, sharded
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
 from rerankkit.lm.update import accumulate, apply_gradients, passes
@@ -28,6 +28,7 @@ __all__ = [
     "Work",
     "accumulate",
     "adapted",
+    "adamw",
     "answer_mask",
     "apply_gradients",
     "ask",

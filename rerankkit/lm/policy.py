@@ -63,6 +63,12 @@ class Policy:
         return decoder
 
     @property
+    def num_logits(self) -> int:
+        """V: rows of the output layer, the padding of the vocabulary included."""
+        weight = self.model.get_output_embeddings().weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed empties the weights that it shards
+
+    @property
     def bos_id(self) -> int:
         """What a document opens with: the tokenizer's bos, or its eos where it has none."""
         ids = self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id
@@ -98,7 +104,9 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] to logits [..., V], as the model's own forward makes them."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        # Not by calling it: a pass takes as many chunks of logits as it has tokens, and where weights are put together
+        # by the hooks of modules that are called (DeepSpeed), processes must call as many.
+        logits: Tensor = self.model.get_output_embeddings().forward(hidden)
         scale, cap, divisor = (
             getattr(self.model.config, k, None) for k in ("logit_scale", "final_logit_softcapping", "logits_scaling")
         )
