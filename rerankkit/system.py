@@ -39,6 +39,7 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", device.partition(":")[0])  # DeepSpeed, imported by others, guesses aloud
     if processes.launched()[1] > 1:
         device = _join(device)
     if config.policy.threads is not None:

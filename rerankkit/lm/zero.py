@@ -71,7 +71,6 @@ class Zero:
         """Hand both over, with what a checkpoint put into them. `one_pass` gives any loss, and a record."""
         if self.engine is not None:
             return
-        os.environ.setdefault("DS_ACCELERATOR", self.policy.device.type)
         deepspeed: Any = import_module("deepspeed")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         groups = self.optimizer.param_groups
