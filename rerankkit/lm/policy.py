@@ -60,7 +60,8 @@ class Policy:
     def decoder(self) -> nn.Module:
         """The model without its output layer: gives hidden states."""
         decoder: nn.Module = self.model.get_decoder()
-        return decoder
+        base: nn.Module = self.model.base_model
+        return base if decoder is self.model else decoder  # transformers 4.57 has none to give for Falcon and others
 
     @property
     def num_logits(self) -> int:
