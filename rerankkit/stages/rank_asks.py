@@ -79,7 +79,9 @@ class Ranker:
 
     run: Path
     name: str
-    """Which policy it is: `rl`, `sft` or `mid-train`."""
+    """Which policy it is: `rl`, `sft`, `mid-train`, or what the gate calls the one that it chose."""
+    how: str
+    """`generate`: it answers; `score`: it knows items, and has not learned to answer."""
     policy: Policy
     sids: SidMap
     evaluate: Evaluate
@@ -108,7 +110,7 @@ class Ranker:
         from rerankkit.lm import Policy
 
         run = Path(run)
-        name, folder = find_policy(run, policy)
+        name, how, folder = find_policy(run, policy)
         settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
         config = config_of(run, {key: value for key, value in settings.items() if value is not None})
         if device == "auto":
@@ -116,7 +118,7 @@ class Ranker:
         sids = SidMap.load(current_stage(run, "sids"))
         told = RunInfo(config.seed, device, config.policy.precision, surface=sids.surface, **info)
         loaded = Policy.load(folder, device=device)
-        return cls(run, name, loaded, sids, config.evaluate, config.data.max_history, told)
+        return cls(run, name, how, loaded, sids, config.evaluate, config.data.max_history, told)
 
     def rank(self, asks: Sequence[Ask | Mapping[str, Any]], unknown: Unknown = "refuse") -> list[Answer]:
         """An answer for each ask, in order; a mapping is read as a line of an asks file.
@@ -159,12 +161,12 @@ class Ranker:
 
     def _found(self, examples: Sequence[RerankExample]) -> list[tuple[Ranking, str]]:
         """Ranking and reasoning of each example, as the run itself made them for its test users."""
-        how, size = score if self.name == "mid-train" else generate, self.evaluate.batch_size
+        rank, size = score if self.how == "score" else generate, self.evaluate.batch_size
         starts = range(0, len(examples), size)
         return [
             answer
             for start in self.info.progress(starts, total=len(starts), what="ranking")
-            for answer in how(self.policy, examples[start : start + size], self.evaluate, self.info)
+            for answer in rank(self.policy, examples[start : start + size], self.evaluate, self.info)
         ]
 
     def _look_up(self, asks: Sequence[Ask], unknown: Unknown) -> tuple[dict[str, Item], set[str]]:
@@ -228,7 +230,7 @@ class Ranker:
         from rerankkit.lm.permutation import answer_mask
         from rerankkit.text.prompts import rerank_messages
 
-        if self.name == "mid-train" or not example.candidates:
+        if self.how == "score" or not example.candidates:
             return
         longest = self.evaluate.max_new_tokens
         prompt = self.policy.prompt_ids(rerank_messages(example, self.policy.surface, self.policy.style))
@@ -260,8 +262,8 @@ def make_example(ask: Ask, places: Sequence[int], items: Mapping[str, Item], max
 # --- which policy ---------------------------------------------------------------------------------------------------
 
 
-def find_policy(run: Path, name: str) -> tuple[str, Path]:
-    """Which policy `name` is (`rl`, `sft`, `mid-train`), and its folder. Raises RunFolderError if none is finished."""
+def find_policy(run: Path, name: str) -> tuple[str, str, Path]:
+    """A policy's name, how it ranks (`generate` or `score`), and its folder. Raises RunFolderError if there is none."""
     if name not in POLICIES:
         raise UsageError(f"policy: nothing is named {name!r}; {did_you_mean(name, POLICIES)}")
     problems = []
@@ -271,8 +273,9 @@ def find_policy(run: Path, name: str) -> tuple[str, Path]:
         except RunFolderError as error:
             problems.append(error)
             continue
-        chosen = str(read_json(folder / "gate.json").get("exported", "rl")) if stage == "gate" else stage
-        return {"midtrain": "mid-train"}.get(chosen, chosen), folder
+        own = {"exported": "mid-train", "how": "score"} if stage == "midtrain" else {"exported": stage}
+        chosen = read_json(folder / "gate.json") if stage == "gate" else own
+        return str(chosen.get("exported", stage)), str(chosen.get("how", "generate")), folder
     raise problems[-1]
 
 

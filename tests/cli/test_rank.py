@@ -40,7 +40,7 @@ def asks(tiny_run: Path, tmp_path: Path) -> Path:
 
 
 def test_answers_are_lines_in_the_order_of_the_asks(call: Call, tiny_run: Path, asks: Path) -> None:
-    code, out, err = call("--run", tiny_run, "--asks", asks)
+    code, out, err = call("--run", tiny_run, "--asks", asks, "--policy", "rl")
     answers = [json.loads(line) for line in out.splitlines()]
     lines = [json.loads(line) for line in asks.read_text().splitlines()]
     assert code == 0

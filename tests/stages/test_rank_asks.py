@@ -18,13 +18,13 @@ from rerankkit.stages import rank_asks
 from rerankkit.stages.rank_asks import Ask, Ranker, config_of, find_policy, make_example, parse_ask, read_asks
 from rerankkit.stages.rankings import Rankings
 from rerankkit.stages.sids import SidMap
-from rerankkit.store import read_json, write_json
+from rerankkit.store import finished_stage, read_json, write_json
 from rerankkit.types import Item, Ranking
 
 
 @pytest.fixture(scope="module")
 def ranker(tiny_run: Path) -> Ranker:
-    return Ranker.load(tiny_run, device="cpu")
+    return Ranker.load(tiny_run, "rl", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,7 @@ def lines(tiny_run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["mid-train", "sft", "rl"])
 def test_the_runs_own_test_lists_get_the_runs_own_answers(name: str, tiny_run: Path, lines: list[Any]) -> None:
-    number = {"mid-train": 8, "sft": 9, "rl": 10}[name]
-    own = Rankings.load(tiny_run / "stages" / f"{number}-rank-{name}")
+    own = Rankings.load(finished_stage(tiny_run, f"rank-{name}"))
     assert len(own.rankings) >= 10
     asked = [line for line in lines if line["id"] in own.rankings]
 
@@ -170,7 +169,7 @@ def test_vectors_from_a_file_leave_text_alone_without_a_sid(tiny_run: Path, line
     write_json(copy / "stages" / "2-sids" / "sids.json", facts)
     ask = {"history": lines[0]["history"], "candidates": [{"item_id": "new", "title": "Comb"}]}
     with pytest.raises(UsageError, match="its item vectors came from a file"):
-        Ranker.load(copy, device="cpu").rank([ask], "text")
+        Ranker.load(copy, "rl", device="cpu").rank([ask], "text")
 
 
 def test_a_way_to_treat_them_that_there_is_not(ranker: Ranker) -> None:
@@ -308,19 +307,20 @@ def test_a_run_ranks_on_a_machine_that_has_little_of_it(
     gone(copied, *(name for name in stages if name not in ("1-data", "2-sids", "7-rl")))
     (copied / "stages" / "1-data" / "histories.parquet").unlink()
     monkeypatch.chdir(copied.parent)
-    assert Ranker.load("run", device="cpu").rank(lines[:3]) == ranker.rank(lines[:3])
+    assert Ranker.load("run", "rl", device="cpu").rank(lines[:3]) == ranker.rank(lines[:3])
 
 
 def test_exported_is_the_gates_choice_or_the_last_that_is_finished(copied: Path) -> None:
     stages = copied / "stages"
-    assert find_policy(copied, "exported") == ("rl", stages / "7-rl")
-    for chosen in ("mid-train", "sft", "rl"):
+    gone(copied, *(path.name for path in stages.glob("*-gate")))
+    assert find_policy(copied, "exported") == ("rl", "generate", stages / "7-rl")
+    for chosen, how in (("mid-train", "score"), ("sft", "generate"), ("rl@4", "generate")):
         shutil.copytree(stages / "6-sft", stages / "8-gate", dirs_exist_ok=True)
-        write_json(stages / "8-gate" / "gate.json", {"exported": chosen})
-        assert find_policy(copied, "exported") == (chosen, stages / "8-gate")
+        write_json(stages / "8-gate" / "gate.json", {"exported": chosen, "how": how})
+        assert find_policy(copied, "exported") == (chosen, how, stages / "8-gate")
     gone(copied, "8-gate", "7-rl")
-    assert find_policy(copied, "exported") == ("sft", stages / "6-sft")
-    assert find_policy(copied, "mid-train") == ("mid-train", stages / "3-midtrain")
+    assert find_policy(copied, "exported") == ("sft", "generate", stages / "6-sft")
+    assert find_policy(copied, "mid-train") == ("mid-train", "score", stages / "3-midtrain")
     gone(copied, "6-sft")
     assert find_policy(copied, "exported")[0] == "mid-train"
     with pytest.raises(RunFolderError, match=r"its stage rl is still to do; `rerankkit run .*config.json --until rl`"):
