@@ -67,10 +67,8 @@ def sharded(policy: Policy) -> Iterator[None]:
     if fsdp:
         _shard(policy, device)
     yield
-    zero = zero_of(policy)
-    with zero.whole() if zero is not None else nullcontext():
-        if is_sharded(policy):
-            policy.model = _whole(policy.model, device)
+    if is_sharded(policy):
+        policy.model = whole_model(policy, device)
     disengage(policy)
 
 
@@ -152,6 +150,13 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 def _run(model: Any, work: Callable[[], T]) -> T:
     return work()
+
+
+def whole_model(policy: Policy, device: torch.device) -> Any:
+    """An ordinary model with the weights of a sharded policy; every process must call it."""
+    zero = zero_of(policy)
+    with zero.whole() if zero is not None else nullcontext():
+        return _whole(policy.model, device)
 
 
 def _whole(model: Any, device: torch.device) -> Any:
