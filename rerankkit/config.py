@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -327,6 +327,11 @@ class Sft(Schedule):
     """Loss weight of reasoning tokens (GR2's lambda_r; its value is not known, this one is ours)."""
     ranking_weight: NonNegativeFloat = 1.0
     """Loss weight of ranking tokens (GR2's lambda_o; likewise)."""
+    reasoning: bool = True
+    """Learn the traces' reasoning. Without it the policy answers with an empty explanation, also in RL and after."""
+    shuffle_candidates: bool = False
+    """List the candidates of each trace's prompt in an order drawn once: a guard against position bias, which takes
+    from the policy what the given order tells. Reasoning that speaks of places becomes wrong."""
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:
@@ -335,17 +340,106 @@ class Sft(Schedule):
         return self
 
 
-class Evaluate(Block):
-    """How test users' lists are answered and measured."""
+Action: TypeAlias = Literal["off", "warn", "stop"]
 
+
+class WatchRules(Block):
+    """What the rules of the watch do when they fire; one that is left out does what `watch.on_fire` says.
+
+    `off` does not look, `warn` says so at once and in the report, `stop` ends the run as well.
+    """
+
+    not_a_number: Action | None = "stop"
+    """The loss, gradient norm, entropy, KL or sampler gap of a step is not a finite number."""
+    error_budget: Action | None = None
+    """More than `max_failed` of the rollouts could not be judged."""
+    no_signal: Action | None = None
+    """No group had rewards that differ: all were 0, all equal, or equal within each group."""
+    entropy_collapse: Action | None = None
+    """Entropy fell below `min_entropy` of its start."""
+    length_collapse: Action | None = None
+    """Reasoning (or, where it is not known, the answer) fell below `min_length` of its start."""
+    length_explosion: Action | None = None
+    """Answers grew beyond `max_length` times their start, or more than `max_truncated` of them are cut off."""
+    copying: Action | None = None
+    """The reward rises and with it, by `identity_rise` or `first_kept_rise`, the share that keeps the given order."""
+    one_place: Action | None = None
+    """More than `max_one_place` of the answers put the candidate of one and the same given place first."""
+
+
+class Watch(Block):
+    """What is looked at in every step of reinforcement, whichever optimizer runs. It changes no result."""
+
+    on_fire: Literal["warn", "stop"] = "warn"
+    """What a rule does that fires: say so, or end the run as well, with exit code 1; what was logged is kept."""
+    rules: WatchRules = Field(default_factory=WatchRules)
+    """The same for single rules."""
+    window: PositiveInt = 5
+    """Steps that a rule averages over: the last so many, against the first so many."""
+    max_failed: float = Field(default=0.1, ge=0, lt=1)
+    """The error budget: share of rollouts that may go unjudged."""
+    min_entropy: float = Field(default=0.25, ge=0, lt=1)
+    """Entropy, as a share of its start, below which it has collapsed."""
+    min_length: float = Field(default=0.5, ge=0, lt=1)
+    """Length, as a share of its start, below which it has collapsed."""
+    max_length: float = Field(default=2.0, gt=1)
+    """Length, as a multiple of its start, above which it has exploded."""
+    max_truncated: float = Field(default=0.5, ge=0, lt=1)
+    """Share of answers that may be cut off at the length limit."""
+    identity_rise: float = Field(default=0.2, gt=0, le=1)
+    """Rise of the share of answers that repeat the given order, with a rising reward."""
+    first_kept_rise: float = Field(default=0.3, gt=0, le=1)
+    """Rise of the share of answers that keep the given first item first, with a rising reward."""
+    max_one_place: float = Field(default=0.9, gt=0, lt=1)
+    """Share of answers that may choose the same given place."""
+
+
+class Gate(Block):
+    """Which policy a run exports: after RL, the best on validation users of mid-training, SFT and RL.
+
+    An exact tie goes to the one that comes earlier in the run; RL is exported only if it beats SFT.
+    """
+
+    metric: Literal["R@1", "R@3", "R@5", "R@10", "NDCG@3", "NDCG@5", "NDCG@10", "MRR"] = "NDCG@5"
+    """The mean that decides."""
+    keep_every: NonNegativeInt = 0
+    """Keep RL's policy every so many steps as further candidates, each a set of weights; 0 keeps the end alone."""
+    max_users: NonNegativeInt = 500
+    """Validation users at most (a seeded sample of those whose target is listed): every candidate ranks them. 0 turns
+    the gate off, and RL's end is exported."""
+
+
+class Answering(Block):
     max_new_tokens: PositiveInt = 256
     """Longest answer; a longer one is cut and counted as invalid."""
     constrain: bool = True
     """Decode answers under the permutation mask: reasoning stays free, every answer is a complete permutation."""
     batch_size: PositiveInt = 64
     """Prompts answered at once."""
+
+
+class Evaluate(Answering):
+    """How test users' lists are answered and measured."""
+
     bootstrap_samples: PositiveInt = Field(default=10_000, ge=100)
     """Resamplings behind each paired 95% interval."""
+    think: Literal["on", "off", "both"] = "on"
+    """Answer as trained, reasoning first, or with an empty explanation; `both` adds a row for the exported policy with
+    an empty one, and the report says whether thinking helped."""
+    shuffles: NonNegativeInt = 0
+    """Times that the same test lists are shuffled and ranked again by the exported policy and by SFT: how far the order
+    in which candidates are shown decides. Each costs a ranking of all test users."""
+
+    @property
+    def answering(self) -> Answering:
+        """What an answer depends on; what is measured of it does not."""
+        return Answering(**{name: getattr(self, name) for name in Answering.model_fields})
+
+    @model_validator(mode="after")
+    def _forced(self) -> Self:
+        if self.think != "on" and not self.constrain:
+            raise ValueError(f'think = "{self.think}" needs constrain = true: the mask is what empties the explanation')
+        return self
 
 
 _VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
@@ -353,7 +447,14 @@ _VARIANTS: Mapping[str, tuple[type[Block], ...]] = {
     "candidates": (KnnLists, PopularityLists, PolicyLists, FileLists),
     "policy": (ScratchPolicy, PretrainedPolicy),
 }
-_PLAIN: Mapping[str, type[Block]] = {"sids": Sids, "midtrain": Midtrain, "sft": Sft, "evaluate": Evaluate}
+_PLAIN: Mapping[str, type[Block]] = {
+    "sids": Sids,
+    "midtrain": Midtrain,
+    "sft": Sft,
+    "watch": Watch,
+    "gate": Gate,
+    "evaluate": Evaluate,
+}
 _PARTS: Mapping[str, str] = {"tokenizer": "rqvae", "teacher": "rejection", "reward": "gr2", "optimizer": "dapo"}
 """Part blocks and the part that is chosen when a config says nothing."""
 _TOP = {"seed", "device", "plugin_files", "trackers", *_VARIANTS, *_PLAIN, *_PARTS}
@@ -419,6 +520,8 @@ class RunConfig:
     sft: Sft
     reward: tuple[ChosenPart, ...]
     optimizer: ChosenPart
+    watch: Watch
+    gate: Gate
     evaluate: Evaluate
     seed: int = 0
     device: str = "auto"
@@ -427,7 +530,7 @@ class RunConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain JSON; `make_config` accepts it back."""
-        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "evaluate")
+        own = ("data", "candidates", "policy", "sids", "midtrain", "sft", "watch", "gate", "evaluate")
         return {
             "seed": self.seed,
             "device": self.device,

@@ -13,7 +13,8 @@ from rerankkit.store import RunFolder, StoppedEarlyError, open_run
 if TYPE_CHECKING:
     from rerankkit.lm import Policy
 
-STAGES = ("data", "sids", "midtrain", "candidates", "traces", "sft", "rl", "rank-mid-train", "rank-sft", "rank-rl")
+RANKED = ("rank-mid-train", "rank-sft", "rank-rl", "rank-exported")
+STAGES = ("data", "sids", "midtrain", "candidates", "traces", "sft", "rl", "gate", *RANKED)
 
 
 def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
@@ -49,11 +50,13 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     from rerankkit.data.lists import CandidateLists
     from rerankkit.stages.candidates import make_candidates
     from rerankkit.stages.data import make_dataset, source_digests
-    from rerankkit.stages.gate import gated
+    from rerankkit.stages.exported import ExportedRankings, rank_exported
+    from rerankkit.stages.gate import Exported, choose_policy
     from rerankkit.stages.midtrain import midtrain
     from rerankkit.stages.rankings import Rankings, rank_users
     from rerankkit.stages.rl import reinforce, watching
     from rerankkit.stages.sft import fine_tune
+    from rerankkit.stages.sid_gate import gated
     from rerankkit.stages.sids import SidMap, draw_sids, drawn_with
     from rerankkit.stages.traces import Traces, write_traces
 
@@ -77,9 +80,15 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own)
     traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
     sft = together("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid, lora)
-    rl = together("rl", watching(reinforce, folder), load_policy, c.optimizer, c.reward, data, sids, lists, sft, lora)
+    learnt = (c.optimizer, c.reward, data, sids, lists, sft, lora, c.gate.keep_every)
+    rl = together("rl", watching(reinforce, folder), load_policy, *learnt)
+    asking, think, listed = c.evaluate.answering, c.evaluate.think != "off", (data, sids, lists)
+    saved = (mid.on_disk(), sft.on_disk(), rl.on_disk())
+    gate = together("gate", choose_policy, Exported.load, c.gate, asking, think, *listed, *saved)
     ranked = {
-        name: together(f"rank-{name}", rank_users, Rankings.load, how, c.evaluate, data, sids, lists, policy)
+        name: together(f"rank-{name}", rank_users, Rankings.load, how, asking, think, *listed, policy)
         for name, how, policy in (("mid-train", "score", mid), ("sft", "generate", sft), ("rl", "generate", rl))
     }
-    return data, sids, lists, traces, ranked
+    probes = (c.evaluate.think, c.evaluate.shuffles, *listed, gate, sft.on_disk(), *ranked.values())
+    exported = together("rank-exported", rank_exported, ExportedRankings.load, asking, *probes)
+    return data, sids, lists, traces, ranked, gate, exported

@@ -41,6 +41,8 @@ REPORTS = ("report.json", "report.md", "report.html")
 RESULTS = (*REPORTS, "rankings.parquet")
 FAILED_SIDS = ("scorecard.json", "sids.html")
 """Left by a gate that the SIDs missed; the next attempt drops them."""
+STOPPED_RL = ("watch.json", "watch.html")
+"""Left by a watch that stopped reinforcement; the next attempt drops them."""
 FORMAT = 2
 """Raised when a stage's artifact changes its meaning, so that old run folders are not mistaken for new ones."""
 
@@ -72,6 +74,10 @@ class Artifact(Generic[A]):
         """The stage's: `sft` of stages/6-sft."""
         return self.folder.name.partition("-")[2]
 
+    def on_disk(self) -> Artifact[Any]:
+        """The same for a stage that wants to know where it lies, and not to have it read."""
+        return Artifact(self.folder, self.fingerprint, Path)
+
     def load(self) -> A:
         """Read the artifact. Raises RunFolderError if it cannot be read."""
         try:
@@ -94,7 +100,8 @@ class RunFolder:
     device: str = "cpu"
     progress: Callable[..., Iterator[Any]] | None = None
     announce: Callable[[str, str, float], None] = lambda name, state, seconds: None
-    """Told of every stage: its name; `skipped`, `started`, `continued` or `done`; and the seconds it took."""
+    """Told of every stage: its name; `skipped`, `started`, `continued` or `done`; and the seconds it took. With
+    `warning` a sentence stands in place of the name."""
     track: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """Told of every logged record, for other trackers."""
     hooks: Any = None
@@ -188,6 +195,13 @@ class RunFolder:
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{now}  {name}: {state}{how}\n")
         self.announce(name, state, seconds)
+
+    def warn(self, stage: str, sentence: str) -> None:
+        """Tell the user something at once, and log.txt."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{now}  {stage}: warning: {sentence}\n")
+        self.announce(f"{stage}: {sentence}", "warning", 0.0)
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""
@@ -297,7 +311,7 @@ def _take(path: Path, config: RunConfig, lock: FileLock) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise _in_use(path) from None
-    for file in FAILED_SIDS:
+    for file in (*FAILED_SIDS, *STOPPED_RL):
         (path / file).unlink(missing_ok=True)
     write_json(path / "holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
     write_json(path / "config.json", config.resolved())
@@ -314,7 +328,7 @@ def check_free(path: Path) -> None:
         raise RunFolderError(f"{there} is a file; --out names a folder.")
     if path.is_dir() and any(path.iterdir()) and not is_run_folder(path):
         raise RunFolderError(f"{path} holds other files and is not a run folder; name a new or empty one with --out.")
-    for file in (*RESULTS, *FAILED_SIDS):
+    for file in (*RESULTS, *FAILED_SIDS, *STOPPED_RL):
         if (path / file).is_dir():
             raise RunFolderError(f"{path / file} is a folder, but a file of this name is to be written; move it away.")
     if holder_of(path):
@@ -453,6 +467,22 @@ def publish(folder: Path, write: Callable[[Path], object]) -> None:
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def link_tree(source: Path, target: Path, *, leave_out: Sequence[str] = ()) -> None:
+    """Copy a folder of finished files into an existing one, by further names for them where the file system can.
+
+    Nothing in a run folder is changed in place, so that sharing is safe, and weights take their space once.
+    """
+
+    def link(old: str, new: str) -> str:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+        return new
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*leave_out))
 
 
 def drop_half_line(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -77,6 +77,11 @@ class RerankExample:
         best = max(range(len(self.relevance)), key=self.relevance.__getitem__, default=None)
         return best if best is not None and self.relevance[best] > 0 else None
 
+    def in_order(self, order: Sequence[int]) -> RerankExample:
+        """The same ask with other places: candidate i is what stood at `order[i]`, and relevance goes with it."""
+        candidates, relevance = tuple(self.candidates[i] for i in order), tuple(self.relevance[i] for i in order)
+        return replace(self, candidates=candidates, relevance=relevance)
+
 
 class Parse(StrEnum):
     """How an answer was read."""
@@ -143,6 +148,9 @@ class Rollout:
     """`token_ids[:n]` is reasoning, the rest is the answer."""
     group: int = 0
     """Rollouts of one group share one prompt and are compared with one another."""
+    shown: tuple[int, ...] = ()
+    """The order in which the prompt listed the candidates, as positions in `example.candidates`; empty: as given. The
+    ranking is of the example's own positions either way."""
     origin: Literal["sample", "beam"] = "sample"
     beam_rank: int = 0
     """0 is the best beam; meaningless for samples."""

@@ -124,8 +124,8 @@ def test_a_typo_exits_2_and_writes_nothing(call: Call, tmp_path: Path) -> None:
     assert err.startswith(f"error: {config}:2: sft.epocs: no such key; known: ") and "Did you mean 'epochs'?" in err
     assert call("run", QUICKSTART, "--until", "stf", "--out", "out")[::2] == (
         2,
-        "error: --until: no stage is named 'stf'; known: candidates, data, midtrain, rank-mid-train, rank-rl, "
-        "rank-sft, rl, sft, sids, traces. Did you mean 'sft'?\n",
+        "error: --until: no stage is named 'stf'; known: candidates, data, gate, midtrain, rank-exported, "
+        "rank-mid-train, rank-rl, rank-sft, rl, sft, sids, traces. Did you mean 'sft'?\n",
     )
     assert call("run", QUICKSTART, "data.use=tables", "data.folder=nowhere", "--out", "out", "--dry-run")[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
@@ -179,8 +179,11 @@ def test_a_dry_run_shows_everything_and_writes_nothing(call: Call, tmp_path: Pat
     code, out, err = call("run", QUICKSTART, "--dry-run", "optimizer.steps=3")
     assert (code, err) == (0, "")
     assert all(f"  to do      {stage}\n" in out for stage in STAGES)
+    assert "gate        3 policies rank up to 150 validation users each\n" in out
     assert "run folder  runs/quickstart\n" in out and "GiB at the peak" in out and out.endswith("nothing was written\n")
 
+    _, out, _ = call("run", QUICKSTART, "--dry-run", "optimizer.steps=30", "gate.keep_every=10")
+    assert "gate        5 policies rank" in out  # mid-training, SFT, steps 10 and 20, the end
     plan = json.loads(call("run", QUICKSTART, "--dry-run", "--json", "--until", "sids", "optimizer.steps=3")[1])
     assert plan["config"]["optimizer"]["steps"] == 3
     assert plan["stages"] == [{"name": name, "state": "to do"} for name in STAGES[: STAGES.index("sids") + 1]]

@@ -62,13 +62,43 @@ def test_a_run_ends_in_a_report_of_every_system(undisturbed: Path) -> None:
     page = (undisturbed / "report.html").read_text()
     assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     assert len(list((undisturbed / "completions").glob("*.parquet"))) == 6
+    assert [folder.name for folder in (undisturbed / "stages" / "7-rl" / "kept").iterdir()] == ["step-00004"]
+
+
+def test_the_exported_policy_is_the_best_on_validation_users_and_tried_in_every_way(undisturbed: Path) -> None:
+    report = report_of(undisturbed)
+    gate = json.loads((undisturbed / "stages" / "8-gate" / "gate.json").read_text())
+    assert report["gate"] == gate
+    means = {row["name"]: row["metrics"]["NDCG@5"] for row in gate["rows"]}
+    assert list(means) == ["pre-rank", "mid-train", "sft", "rl@4", "rl"]
+    assert gate["exported"] == max(list(means)[1:], key=means.__getitem__)
+    exported = gate["exported"]
+    assert [row["name"] for row in report["rows"] if row["exported"]] == [exported]
+    folder = {"mid-train": "3-midtrain", "sft": "6-sft", "rl@4": "7-rl/kept/step-00004", "rl": "7-rl"}[exported]
+    weights = [undisturbed / "stages" / place / "model.safetensors" for place in (folder, "8-gate")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert report["findings"][0] == gate["reason"] + "."
+    assert set(report["position_bias"]) == {"sft", exported}
+    assert (exported == "mid-train") != any(row["name"] == "no-reasoning" for row in report["rows"])
+
+
+def test_the_watch_over_a_run_is_told_in_its_log_and_its_report(undisturbed: Path) -> None:
+    lines = (undisturbed / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if record["stage"] == "rl"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    for record in steps:
+        assert sum(record[f"first_choice/{place}"] for place in range(1, 11)) == pytest.approx(1)
+        assert {"reward", "kendall_tau", "tau_within_group", "entropy", "grad_norm", "logp_gap"} <= record.keys()
+    watch = report_of(undisturbed)["watch"]
+    assert watch["steps"] == 6 and len(watch["first_choice"]["last steps"]) == 10
+    assert "Given place of the first choice" in (undisturbed / "report.html").read_text()
     assert (undisturbed / "trec" / "test.qrels").exists()
 
 
 def test_a_second_run_finds_everything_done(undisturbed: Path) -> None:
     before = (undisturbed / "report.json").read_bytes()
     _, err = finish(start(undisturbed))
-    assert "started" not in err and err.count("skipped") == 10
+    assert "started" not in err and err.count("skipped") == 12
     assert (undisturbed / "report.json").read_bytes() == before
 
 
@@ -77,7 +107,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(undisturbed: Path, 
     subprocess.run(["cp", "-r", str(undisturbed), str(copy)], check=True)
     _, err = finish(start(copy, "optimizer.steps=1"))
     redone = [line.split()[1] for line in err.splitlines() if line.startswith("started")]
-    assert redone == ["rl", "rank-rl"]
+    assert redone == ["rl", "gate", "rank-rl", "rank-exported"]
 
 
 def test_a_second_process_is_refused_while_one_is_at_work(tmp_path: Path) -> None:

@@ -86,8 +86,9 @@ def reinforced(work: Path) -> tuple[Policy, list[Any]]:
     """Two prompts a step, groups without signal replaced from three more, two updates a batch."""
     policy = make_policy()
     spec = load_plugins(only="gr2").part("optimizer", "dapo", "")
+    also = {"kl_weight": 0.2, "entropy_weight": 0.01, "shuffle_candidates": True}
     settings = {"steps": 4, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 60, "learning_rate": 1e-3}
-    optimizer: Any = spec.build(spec.config(**settings, updates_per_batch=2, checkpoint_every=2), RunInfo())
+    optimizer: Any = spec.build(spec.config(**settings, updates_per_batch=2, checkpoint_every=2, **also), RunInfo())
     log = []
     for report in optimizer.optimize(policy, EXAMPLES, first_is_target, RunInfo(seed=3, work=work)):
         said = [[r.group, r.example.example_id, r.text, r.logps, o.value] for r, o in _judged(report)]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean, pstdev
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import torch
 
 from rerankkit import processes
-from rerankkit.errors import RunFailed
+from rerankkit.errors import RunFailed, did_you_mean
 from rerankkit.lm import (
     Policy,
+    Reference,
+    TokenLogps,
     Work,
     accumulate,
     adamw,
@@ -25,15 +28,24 @@ from rerankkit.lm import (
     metered,
     needed_flops,
     passes,
+    prompt_of,
+    reference_of,
     save_checkpoint,
     sharded,
+    spent_on,
 )
-from rerankkit.math.advantages import group_advantages
-from rerankkit.math.losses import LossSettings, loss_denominator, mean_stats, overlong_penalty, policy_loss
+from rerankkit.math.advantages import SAME, group_advantages, pass_at_k_bonus
+from rerankkit.math.losses import (
+    LossSettings,
+    kl_estimates,
+    loss_denominator,
+    mean_stats,
+    overlong_penalty,
+    policy_loss,
+)
 from rerankkit.math.metrics import kendall_tau
 from rerankkit.math.schedules import learning_rate_at
 from rerankkit.protocols import RewardFn
-from rerankkit.text.prompts import rerank_messages
 from rerankkit.types import Failed, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, StepReport
 from rerankkit_gr2.settings import GroupConfig
 
@@ -51,13 +63,21 @@ class GroupOptimizer:
     def optimize(
         self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo
     ) -> Iterator[StepReport]:
-        """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
-        with sharded(policy):
-            yield from self._steps(policy, examples, reward, info)
+        """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same.
+
+        The reference of the KL term is the policy as it is handed over, which is where a continued run begins, too.
+        """
+        with reference_of(policy) if self.config.kl_weight else nullcontext() as reference, sharded(policy):
+            yield from self._steps(policy, reference, examples, reward, info)
         policy.model.eval()
 
     def _steps(
-        self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo
+        self,
+        policy: Policy,
+        reference: Reference | None,
+        examples: Sequence[RerankExample],
+        reward: RewardFn,
+        info: RunInfo,
     ) -> Iterator[StepReport]:
         config = self.config
         optimizer = adamw(policy, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
@@ -72,14 +92,27 @@ class GroupOptimizer:
                         step, config.steps, config.learning_rate, config.warmup_steps, config.schedule
                     )
                 prompts = {rollout.group: rollout for rollout, _ in every}
-                prompt_ids = {group: _prompt_ids(policy, rollout) for group, rollout in prompts.items()}
-                learned = self._learn(policy, optimizer, groups, prompt_ids, info, step)
-                for some, training in ((_grouped(every, config.group_size), False), (groups, True)):
-                    if not training or "num_updates" in learned:
-                        works = (_work(group, prompt_ids) for group in some)
-                        meter.flops += sum(needed_flops(policy, work, training=training) for work in works)
+                prompt_ids = {
+                    group: prompt_of(policy, rollout.example, rollout.shown) for group, rollout in prompts.items()
+                }
+                learned = self._learn(policy, reference, optimizer, groups, prompt_ids, info, step)
+                if not learned:
+                    learned = self._unlearned(reference, every, prompt_ids, info)
+                spent = [(_grouped(every, config.group_size), False)]
+                if learned["num_updates"]:
+                    spent += [(groups, True), *([(groups, False)] if reference else [])]
+                for some, training in spent:
+                    works = (_work(group, prompt_ids) for group in some)
+                    meter.flops += sum(needed_flops(policy, work, training=training) for work in works)
             sampled = sum(len(rollout.token_ids) for rollout, _ in every)
-            metrics = {**_describe(every), **learned, "num_groups": float(len(groups)), **meter.metrics(sampled)}
+            metrics = {
+                **_describe(every),
+                **self._without_variance(_grouped(every, config.group_size)),
+                **learned,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "num_groups": float(len(groups)),
+                **meter.metrics(sampled),
+            }
             yield StepReport(step, metrics, tuple(r for r, _ in every), tuple(o for _, o in every))
             # After the report: a step that the checkpoint counts as done has been logged.
             if folder and step % config.checkpoint_every == 0 and step < config.steps:
@@ -90,8 +123,9 @@ class GroupOptimizer:
     ) -> tuple[list[Group], list[Judged]]:
         """Groups to learn from, and everything that was sampled on the way.
 
-        Dynamic sampling (DAPO, 2503.14476, section 3.2): groups whose rewards are all alike are replaced by groups of
-        fresh prompts, at most `max_resampling` times; then the step makes do with what there is.
+        Dynamic sampling (DAPO, 2503.14476, section 3.2): groups whose rewards are all alike, before any penalty for
+        length, are replaced by groups of fresh prompts, at most `max_resampling` times; then the step makes do with
+        what there is.
         """
         config = self.config
         queue = list(examples)
@@ -115,38 +149,45 @@ class GroupOptimizer:
                 info=info,
                 salt=f"step {step}",
                 constrain=config.constrain,
+                shuffle=config.shuffle_candidates,
             )
             every += judged
             fresh = _grouped(judged, config.group_size)
             groups += [group for group in fresh if not config.dynamic_sampling or self._varies(group)]
             if not config.dynamic_sampling:
                 break
-        _check_outcomes([outcome for _, outcome in every], step)
+        self._check_outcomes([outcome for _, outcome in every], step)
         return groups, every
 
     def _learn(
         self,
         policy: Policy,
+        reference: Reference | None,
         optimizer: torch.optim.Optimizer,
         groups: list[Group],
         prompt_ids: Mapping[int, list[int]],
         info: RunInfo,
         step: int,
     ) -> dict[str, float]:
-        """Optimizer steps on the groups, `updates_per_batch` of them, each on its share of the groups."""
+        """Optimizer steps on the groups, `updates_per_batch` of them, each on its share of the groups.
+
+        What to log about them; nothing if there was nothing to learn from.
+        """
         if not groups:
-            return {"loss": 0.0, "grad_norm": 0.0}
+            return {}
         config = self.config
         rewards = torch.tensor([[self._shaped(*judged) for judged in group] for group in groups])
         keep = torch.tensor([[self._counts(*judged) for judged in group] for group in groups])
         values, has_signal = group_advantages(rewards, keep, self.loss.advantage)
         keep &= has_signal[:, None]
+        if config.pass_at_k:
+            values = values + config.pass_at_k_weight * pass_at_k_bonus(values, config.pass_at_k, keep)
         shares = [range(i, len(groups), config.updates_per_batch) for i in range(config.updates_per_batch)]
         logs: list[dict[str, float]] = []
         policy.model.train()
         for share in shares:
             if len(share) and bool(keep[list(share)].any()):
-                done = self._accumulate(policy, groups, prompt_ids, values, keep, share, info)
+                done = self._accumulate(policy, reference, groups, prompt_ids, values, keep, share, info)
                 log = _joined(done)
                 if not logs:
                     self._check_gap(log, step)
@@ -155,10 +196,10 @@ class GroupOptimizer:
                     raise RunFailed(
                         f"optimizer: the gradient is {norm}; lower optimizer.learning_rate ({config.learning_rate})."
                     )
-                logs.append({**log, "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]})
+                logs.append({**log, "grad_norm": norm})
         policy.model.eval()
         if not logs:
-            return {"loss": 0.0, "grad_norm": 0.0}
+            return {}
         means = {name: fmean(log[name] for log in logs) for name in logs[0]}
         # Only before the first update are sampler and trainer the same policy: any gap there is numerical.
         return {**means, **{k: logs[0][k] for k in ("logp_gap", "logp_gap_max")}, "num_updates": float(len(logs))}
@@ -166,6 +207,7 @@ class GroupOptimizer:
     def _accumulate(
         self,
         policy: Policy,
+        reference: Reference | None,
         groups: list[Group],
         prompt_ids: Mapping[int, list[int]],
         advantages: torch.Tensor,
@@ -177,29 +219,18 @@ class GroupOptimizer:
 
         `advantages` and `keep` are [P, G]; `prompt_ids` has every group's prompt by its number.
         """
-        config, device = self.config, policy.device
-        settings = (
-            replace(self.loss, constant=float(config.max_new_tokens))
-            if self.loss.aggregate == "constant"
-            else self.loss
-        )
+        config, settings, device = self.config, self.loss, policy.device
         lengths = [_num_chosen(rollout) for i in share for rollout, _ in groups[i]]
         denominator = loss_denominator(lengths, keep[share].flatten().tolist(), settings)
 
         def forward(chosen: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
             some = [[rollout for rollout, _ in groups[i]] for i in chosen]
-            tokens = group_logps(
-                policy,
-                [prompt_ids[group[0].group] for group in some],
-                [[list(rollout.token_ids) for rollout in group] for group in some],
-                temperature=config.temperature,
-                entropies=True,
-                autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
-                allowed=[[rollout.allowed_ids for rollout in group] for group in some],
-            )
-            old = torch.tensor([logp for group in some for r in group for logp in r.logps], device=device)
+            tokens = self._logps(policy, some, prompt_ids, info, entropies=True)
+            assert tokens.entropies is not None
+            old = _sampled_logps(some, device)
             free = tokens.weights > 0  # what the mask forced was no choice: nothing to learn, nothing to count
-            logps, old = tokens.logps[free], old[free]
+            logps, old, entropies = tokens.logps[free], old[free], tokens.entropies[free]
+            ref_logps = self._reference_logps(reference, some, prompt_ids, info)[free] if reference else None
             loss, stats = policy_loss(
                 logps,
                 old,
@@ -208,13 +239,15 @@ class GroupOptimizer:
                 settings,
                 keep=keep[chosen].flatten().to(device),
                 denominator=denominator,
+                ref_logps=ref_logps,
+                entropies=entropies if settings.entropy_weight else None,
             )
             gaps = (logps.detach() - old).abs()
             return loss, {
                 **stats,
                 "loss": loss.item(),
                 "num_chosen": float(len(gaps)),
-                "entropy": 0.0 if tokens.entropies is None else tokens.entropies[free].sum().item(),
+                "entropy": entropies.sum().item(),
                 "logp_gap": gaps.sum().item(),
                 "logp_gap_max": gaps.max().item() if len(gaps) else 0.0,
             }
@@ -223,6 +256,60 @@ class GroupOptimizer:
         sizes = [len(prompt_ids[groups[i][0][0].group]) + sum(len(r.token_ids) for r, _ in groups[i]) for i in own]
         cut = passes(sizes, info.tokens_per_pass, config.groups_per_pass)
         return accumulate(policy, [[own[i] for i in some] for some in cut], forward, idle=[share[0]])
+
+    def _logps(
+        self,
+        policy: Policy,
+        groups: Sequence[Sequence[Rollout]],
+        prompt_ids: Mapping[int, list[int]],
+        info: RunInfo,
+        entropies: bool = False,
+    ) -> TokenLogps:
+        """What a policy says of these rollouts, at the temperature and under the masks that they were drawn with."""
+        return group_logps(
+            policy,
+            [prompt_ids[group[0].group] for group in groups],
+            [[list(rollout.token_ids) for rollout in group] for group in groups],
+            temperature=self.config.temperature,
+            entropies=entropies,
+            autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
+            allowed=[[rollout.allowed_ids for rollout in group] for group in groups],
+        )
+
+    def _reference_logps(
+        self,
+        reference: Reference,
+        groups: Sequence[Sequence[Rollout]],
+        prompt_ids: Mapping[int, list[int]],
+        info: RunInfo,
+    ) -> torch.Tensor:
+        """What the reference says of them: the log-probability of each token [K]."""
+        with spent_on("reference"):
+            return reference(lambda policy: self._logps(policy, groups, prompt_ids, info).logps)
+
+    def _unlearned(
+        self, reference: Reference | None, every: list[Judged], prompt_ids: Mapping[int, list[int]], info: RunInfo
+    ) -> dict[str, float]:
+        """The log of a step that had nothing to learn from: what can be told without a pass of the trainer.
+
+        The entropy is estimated from what the sampler drew, the distance from the reference from one group.
+        """
+        rollouts = [rollout for rollout, _ in every]
+        chosen = sum(map(_num_chosen, rollouts))
+        kl = 0.0
+        if reference is not None:
+            some = [rollouts[: self.config.group_size]]
+            ref_logps = self._reference_logps(reference, some, prompt_ids, info)
+            away = kl_estimates(_sampled_logps(some, ref_logps.device), ref_logps, "k3")
+            kl = float(away.sum()) / max(1, sum(map(_num_chosen, some[0])))
+        clips = ("low", "high", "dual") if self.loss.clip_dual else ("low", "high")
+        zero = ("loss", "grad_norm", "approx_kl", "logp_gap", "logp_gap_max", "num_updates")
+        return {
+            **dict.fromkeys((*zero, *(f"clip_ratio/{name}_mean" for name in clips)), 0.0),
+            "ratio_mean": 1.0,
+            "entropy": -sum(logp for rollout in rollouts for logp in rollout.logps) / max(1, chosen),
+            "kl": kl,
+        }
 
     def _check_gap(self, log: Mapping[str, float], step: int) -> None:
         """Stop where sampler and trainer disagree about the same weights: what is learnt would be noise."""
@@ -236,6 +323,20 @@ class GroupOptimizer:
                 f"({self.config.max_logp_gap}; 0 is no limit)."
             )
 
+    def _check_outcomes(self, outcomes: Sequence[Outcome], step: int) -> None:
+        """Stop where too much could not be judged, or where the part to filter on is not there."""
+        failed = [outcome.reason for outcome in outcomes if isinstance(outcome, Failed)]
+        if len(failed) / len(outcomes) > self.config.max_failed:
+            raise RunFailed(
+                f"reward: {len(failed)} of the {len(outcomes)} rollouts of step {step} could not be judged, more than "
+                f"optimizer.max_failed = {self.config.max_failed:g} allows; first reason: {failed[0]}. Mend the "
+                "reward, or raise optimizer.max_failed."
+            )
+        parts = {name for outcome in outcomes if isinstance(outcome, Reward) for name in outcome.parts}
+        if self.config.filter_on and parts and self.config.filter_on not in parts:
+            name = self.config.filter_on
+            raise RunFailed(f"optimizer.filter_on: {name!r} is no part of the reward; {did_you_mean(name, parts)}")
+
     def _shaped(self, rollout: Rollout, outcome: Outcome) -> float:
         """The reward that advantages are made of: the judged value, less the soft penalty for length."""
         if not isinstance(outcome, Reward):
@@ -243,10 +344,33 @@ class GroupOptimizer:
         limit = self.config.max_new_tokens
         return outcome.value + overlong_penalty(len(rollout.token_ids), limit, self.config.overlong_buffer)
 
+    def _raw(self, group: Group) -> list[float]:
+        """What the rollouts that count were judged to be worth, before any penalty for length."""
+        name = self.config.filter_on
+        rewards = [o for r, o in group if isinstance(o, Reward) and self._counts(r, o)]
+        return [o.parts[name] if name else o.value for o in rewards if not name or name in o.parts]
+
     def _varies(self, group: Group) -> bool:
-        """Whether the judged values, before any shaping by length, differ among the rollouts that count."""
-        values = [o.value for r, o in group if isinstance(o, Reward) and self._counts(r, o)]
-        return len(values) > 1 and max(values) - min(values) > 1e-6
+        """Whether these differ: whether there is something to be learnt from the group."""
+        values = self._raw(group)
+        return len(values) > 1 and max(values) - min(values) > SAME
+
+    def _without_variance(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The share of groups that do not vary, and why: `frac_zero_std/*` add up to `frac_reward_zero_std`.
+
+        Best and worst are those of the step; with a single value in all of it, nobody can say which it is.
+        """
+        raw = [self._raw(group) for group in groups]
+        best, worst = (pick((value for values in raw for value in values), default=0.0) for pick in (max, min))
+        why = dict.fromkeys(("all_best", "all_worst", "all_same", "unjudged"), 0)
+        for group, values in zip(groups, raw, strict=True):
+            if self._varies(group):
+                continue
+            ends = [("all_best", best), ("all_worst", worst)] if best - worst > SAME else []
+            reasons = [name for name, end in ends if values and abs(values[0] - end) <= SAME]
+            why["unjudged" if len(values) < 2 else reasons[0] if reasons else "all_same"] += 1
+        shares = {f"frac_zero_std/{name}": number / len(groups) for name, number in why.items()}
+        return {"frac_reward_zero_std": sum(why.values()) / len(groups), **shares}
 
     def _counts(self, rollout: Rollout, outcome: Outcome) -> bool:
         """Whether a rollout takes part: judged, and not cut off (overlong filtering)."""
@@ -257,23 +381,27 @@ def _grouped(judged: Sequence[Judged], size: int) -> list[Group]:
     return [list(judged[i : i + size]) for i in range(0, len(judged), size)]
 
 
-def _prompt_ids(policy: Policy, rollout: Rollout) -> list[int]:
-    return policy.prompt_ids(rerank_messages(rollout.example, policy.surface, policy.style))
-
-
 def _work(group: Group, prompt_ids: Mapping[int, list[int]]) -> Work:
     return group_work(len(prompt_ids[group[0][0].group]), [_num_chosen(rollout) for rollout, _ in group])
 
 
+def _sampled_logps(groups: Sequence[Sequence[Rollout]], device: torch.device) -> torch.Tensor:
+    """[K]: what the sampler said of each token."""
+    return torch.tensor([logp for group in groups for r in group for logp in r.logps], device=device)
+
+
 def _joined(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What to log about the passes of all processes: sums, means over tokens, the largest gap."""
+    """What to log about the passes of all processes: sums, means over tokens, the largest gap.
+
+    `kl` is the distance from the reference; without one, from the policy that sampled.
+    """
     means, count = mean_stats(passes), max(1.0, sum(one["num_chosen"] for one in passes))
     return {
         "loss": sum(one["loss"] for one in passes),
         **{name: sum(one[name] for one in passes) / count for name in ("entropy", "logp_gap")},
         "logp_gap_max": max(one["logp_gap_max"] for one in passes),
-        "kl": means["approx_kl"],
-        **{name: means[name] for name in ("ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")},
+        "kl": means.get("kl", means["approx_kl"]),
+        **{name: means[name] for name in means if name.startswith(("ratio_mean", "approx_kl", "clip_ratio/"))},
     }
 
 
@@ -283,30 +411,20 @@ def _num_chosen(rollout: Rollout) -> int:
     return len(rollout.token_ids) - forced
 
 
-def _check_outcomes(outcomes: Sequence[Outcome], step: int) -> None:
-    failed = [outcome.reason for outcome in outcomes if isinstance(outcome, Failed)]
-    if failed and len(failed) == len(outcomes):
-        raise RunFailed(f"reward: every rollout of step {step} could not be judged; first reason: {failed[0]}")
-
-
 def _describe(judged: Sequence[Judged]) -> dict[str, float]:
     """What the log says of a step's rollouts, before any is dropped. Names as in TRL where TRL has one."""
     rollouts = [rollout for rollout, _ in judged]
     rewards = [outcome for _, outcome in judged if isinstance(outcome, Reward)]
-    groups: dict[int, list[float]] = {}
-    for rollout, outcome in judged:
-        if isinstance(outcome, Reward):
-            groups.setdefault(rollout.group, []).append(outcome.value)
     parts: dict[str, list[float]] = {}
     for outcome in rewards:
         for name, value in outcome.parts.items():
             parts.setdefault(name, []).append(value)
     count = len(rollouts)
+    copied = sum(r.ranking.order == r.shown and r.ranking.parse is not Parse.FAILED for r in rollouts)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     return {
         "reward": fmean(outcome.value for outcome in rewards) if rewards else math.nan,
-        "reward_std": fmean(pstdev(values) for values in groups.values()) if groups else math.nan,
-        "frac_reward_zero_std": fmean(max(v) - min(v) <= 1e-6 for v in groups.values()) if groups else math.nan,
+        "reward_std": stdev(outcome.value for outcome in rewards) if len(rewards) > 1 else math.nan,
         **{f"rewards/{name}/mean": fmean(values) for name, values in sorted(parts.items())},
         "rewards/failed": sum(isinstance(outcome, Failed) for _, outcome in judged) / count,
         "completions/mean_length": fmean(lengths),
@@ -314,5 +432,6 @@ def _describe(judged: Sequence[Judged]) -> dict[str, float]:
         "identity_rate": sum(r.ranking.identity and r.ranking.parse is not Parse.FAILED for r in rollouts) / count,
         "first_kept_rate": sum(r.ranking.order[0] == 0 for r in rollouts) / count,
         "kendall_tau": fmean(kendall_tau(r.ranking.order) for r in rollouts),
+        **({"copied_rate": copied / count} if rollouts[0].shown else {}),
         "invalid_rate": sum(r.ranking.parse is not Parse.OK for r in rollouts) / count,
     }

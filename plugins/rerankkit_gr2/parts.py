@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 
 from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
 from rerankkit.types import RunInfo
@@ -98,11 +98,12 @@ def cispo(config: s.CispoConfig, info: RunInfo) -> PolicyOptimizer:
 
 
 def _group_optimizer(config: s.GroupConfig) -> PolicyOptimizer:
-    """The one loop; which of its relatives it is, the class of the settings tells."""
-    from rerankkit.math.losses import PRESETS
+    """The one loop; its settings tell which of its relatives it is."""
+    from rerankkit.math.losses import LossSettings
     from rerankkit_gr2.dapo import GroupOptimizer
 
-    return GroupOptimizer(config, replace(PRESETS[config.preset], clip_low=config.clip_low, clip_high=config.clip_high))
+    shared = {field.name for field in fields(LossSettings)} - {"constant"}
+    return GroupOptimizer(config, LossSettings(**config.model_dump(include=shared), constant=config.max_new_tokens))
 
 
 def _style(config: s.TargetedConfig):  # type: ignore[no-untyped-def]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -183,8 +183,6 @@ class NdcgConfig(PluginConfig):
 class GroupConfig(PluginConfig):
     """The loop that DAPO and its relatives share."""
 
-    preset: ClassVar[str] = "dapo"
-    """Which of `rerankkit.math.losses.PRESETS`."""
     steps: PositiveInt = 40
     """Batches of rollouts."""
     prompts_per_step: PositiveInt = 8
@@ -211,18 +209,49 @@ class GroupConfig(PluginConfig):
     """Longest completion."""
     constrain: bool = True
     """Decode answers under the permutation mask: reasoning stays free, every answer is a complete permutation."""
+    shuffle_candidates: bool = False
+    """List the candidates in another order in every prompt, drawn anew each step: a guard against position bias, which
+    takes from the policy what the given order tells. Rewards see the given order either way."""
+    advantage: Literal["zscore", "centred", "batch", "leave-one-out"] = "zscore"
+    """Reward less the mean of its group: over the group's standard deviation; as it is; over the batch's; or less the
+    mean of the others."""
+    pass_at_k: NonNegativeInt = 0
+    """Adds to the advantage what a rollout contributes to the best of this many (at least 2); 0 is off."""
+    pass_at_k_weight: NonNegativeFloat = 1.0
+    """Weight of that bonus."""
+    ratio: Literal["token", "sequence", "none"] = "token"
+    """Policy over sampler, for each token; its geometric mean over the completion; or none, for one update a batch."""
+    surrogate: Literal["clipped", "weighted"] = "clipped"
+    """The clipped objective of PPO, or the clipped ratio as a constant weight of the log-probability (CISPO)."""
     clip_low: NonNegativeFloat = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegativeFloat = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+    clip_dual: NonNegativeFloat = 0.0
+    """Bound of the ratio where the advantage is negative (dual clip; 3 is usual), above 1 + clip_high; 0 is off."""
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens; mean over completions of their token means; or of their token sums over max_new_tokens."""
+    kl_weight: NonNegativeFloat = 0.0
+    """Weight of the divergence from the policy as it was when reinforcement began, which is kept beside (as much memory
+    again as the weights; none with adapters); 0 is off."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How it is estimated: as a penalty on each token's reward, by half the square of the log-ratio, or GRPO's."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of the entropy of what each token was chosen from, in nats, as a bonus; 0 is off."""
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all alike by fresh ones."""
+    filter_on: str = ""
+    """Part of the reward by which groups count as alike, as the log names it after `rewards/` (`gr2`, `gr2/rank`);
+    empty is the whole. Name one where the whole has a part that always varies, such as length. The soft penalty below
+    is never looked at."""
     max_resampling: NonNegativeInt = 2
     """Rounds of replacement; then the step trains on what there is."""
     overlong_filtering: bool = False
     """Leave truncated completions out of the loss."""
     overlong_buffer: NonNegativeInt = 0
     """Tokens before the limit in which the reward falls by up to 1; 0 is off."""
+    max_failed: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of a step's rollouts that the reward may fail to judge (they leave their groups); beyond, the run stops."""
     max_logp_gap: NonNegativeFloat = 0.1
     """Nats a token by which the log-probabilities of sampler and trainer may differ on average, before the first update
     of a step; beyond it the run stops. 0 is no limit."""
@@ -237,23 +266,39 @@ class GroupConfig(PluginConfig):
             raise ValueError(f"overlong_buffer is {self.overlong_buffer}, more than max_new_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.clip_dual and (self.surrogate != "clipped" or self.clip_dual <= 1 + self.clip_high):
+            raise ValueError(
+                f"clip_dual is {self.clip_dual}; it must lie above 1 + clip_high = {1 + self.clip_high:g}, and bounds "
+                'surrogate = "clipped" alone'
+            )
+        if self.pass_at_k == 1 or self.pass_at_k > self.group_size:
+            raise ValueError(
+                f"pass_at_k is {self.pass_at_k}; it lies between 2 and group_size = {self.group_size}, or is 0 for off"
+            )
+        return self
+
 
 class GrpoConfig(GroupConfig):
-    """GRPO (2402.03300), without its KL term: mean of each completion's token mean."""
+    """GRPO (2402.03300): mean of each completion's token mean. The KL term is off; the paper's is kl_weight = 0.04."""
 
-    preset: ClassVar[str] = "grpo"
+    aggregate: Literal["token", "sequence", "constant"] = "sequence"
+    """Mean over completions of their token means."""
 
 
 class DrGrpoConfig(GroupConfig):
     """Dr. GRPO (2503.20783): centred rewards, constant divisor."""
 
-    preset: ClassVar[str] = "dr-grpo"
+    advantage: Literal["zscore", "centred", "batch", "leave-one-out"] = "centred"
+    """Reward less the mean of its group."""
+    aggregate: Literal["token", "sequence", "constant"] = "constant"
+    """Mean over completions of their token sums over max_new_tokens."""
 
 
 class DapoConfig(GroupConfig):
     """DAPO (2503.14476): clip-higher, token-level loss, dynamic sampling, overlong filtering."""
 
-    preset: ClassVar[str] = "dapo"
     clip_high: NonNegativeFloat = 0.28
     """The ratio is clipped above at 1 + clip_high."""
     dynamic_sampling: bool = True
@@ -265,17 +310,21 @@ class DapoConfig(GroupConfig):
 class GspoConfig(GroupConfig):
     """GSPO (2507.18071): one ratio a sequence."""
 
-    preset: ClassVar[str] = "gspo"
+    ratio: Literal["token", "sequence", "none"] = "sequence"
+    """Policy over sampler: the geometric mean over the completion."""
     clip_low: NonNegativeFloat = 3e-4
     """The sequence ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegativeFloat = 4e-4
     """The sequence ratio is clipped above at 1 + clip_high."""
+    aggregate: Literal["token", "sequence", "constant"] = "sequence"
+    """Mean over completions of their token means."""
 
 
 class CispoConfig(GroupConfig):
     """CISPO (2506.13585): the clipped ratio weighs the gradient and never stops it."""
 
-    preset: ClassVar[str] = "cispo"
+    surrogate: Literal["clipped", "weighted"] = "weighted"
+    """The clipped ratio is a constant weight of the log-probability."""
     clip_low: NonNegativeFloat = 1.0
     """1 means no lower bound, as in the paper."""
     clip_high: NonNegativeFloat = 4.0

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-STYLES: Mapping[str, str] = {"done": "green", "failed": "bold red"}
+STYLES: Mapping[str, str] = {"done": "green", "failed": "bold red", "warning": "yellow"}
 """How the states of a stage are shown; the others (started, continued, skipped) are dim."""
 TABLE_METRICS = ("R@1", "R@3", "R@5", "NDCG@5", "NDCG@10", "MRR")
 PLAIN_WIDTH = 120
@@ -110,11 +110,15 @@ def print_table(report: Mapping[str, Any]) -> None:
             for m in names
         ]
         behaviour = (percent(row["identity_rate"]), f"{row['kendall_tau']:.2f}", percent(row["invalid_rate"]))
-        table.add_row(Text(row["name"]), *values, *behaviour, style="dim" if bound else "")
+        table.add_row(
+            Text(row["name"] + (" *" if row.get("exported") else "")), *values, *behaviour, style="dim" if bound else ""
+        )
     console.print(Text(report["headline"], "bold"))
     console.print(Text(report["condition"][:1].upper() + report["condition"][1:], "dim"))
     console.print()
     console.print(table)
+    if any(row.get("exported") for row in report["rows"]):
+        console.print(Text("* exported", "dim"))
     console.print()
     for text in report["findings"]:
         console.print(Text(text))

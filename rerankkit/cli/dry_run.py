@@ -23,6 +23,7 @@ def describe(config: RunConfig, out: Path, until: str, as_json: bool) -> None:
         "config": config.resolved(),
         "stages": [{"name": name, "state": state} for name, state in plan(config, out, until).items()],
         "tables": digests or "none: the simulated world" if isinstance(config.data, WorldData) else digests,
+        "gate": gate_cost(config),
         **sizes,
     }
     if as_json:
@@ -41,7 +42,18 @@ def describe(config: RunConfig, out: Path, until: str, as_json: bool) -> None:
         )
     else:
         print(f"policy      {sizes['note']}")
+    cost = found["gate"]
+    if cost["users"]:
+        print(f"gate        {cost['policies']} policies rank up to {cost['users']:,} validation users each")
     print("nothing was written")
+
+
+def gate_cost(config: RunConfig) -> dict[str, int]:
+    """How many policies rank how many validation users to find the one to export. Counts kept ones where the optimizer
+    has a setting `steps`."""
+    steps, every = config.optimizer.resolved().get("steps"), config.gate.keep_every
+    kept = (steps - 1) // every if isinstance(steps, int) and every else 0
+    return {"users": config.gate.max_users, "policies": 3 + kept}
 
 
 def policy_size(policy: ScratchPolicy | PretrainedPolicy, num_codes: int) -> dict[str, Any]:

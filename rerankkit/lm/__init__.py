@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from rerankkit.lm.adapters import adapted
-from rerankkit.lm.ask import ask
+from rerankkit.lm.ask import ask, prompt_of
 from rerankkit.lm.checkpoint import load_checkpoint, save_checkpoint
 from rerankkit.lm.forward import TokenLogps, group_logps, packed_logps
 from rerankkit.lm.load import pretrained_policy, scratch_policy
 from rerankkit.lm.meter import Work, group_work, metered, needed_flops, sequence_work, spent_on
 from rerankkit.lm.permutation import AnswerMask, answer_mask
 from rerankkit.lm.policy import Policy
+from rerankkit.lm.reference import Reference, reference_of
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.lm.score import score_candidates, score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
 from rerankkit.lm.shard import adamw, sharded
+from rerankkit.lm.snapshot import save_snapshot
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
 from rerankkit.lm.update import accumulate, apply_gradients, passes
@@ -21,6 +23,7 @@ from rerankkit.lm.update import accumulate, apply_gradients, passes
 __all__ = [
     "AnswerMask",
     "Policy",
+    "Reference",
     "Sample",
     "SidTrie",
     "TokenLogps",
@@ -45,8 +48,11 @@ __all__ = [
     "packed_logps",
     "passes",
     "pretrained_policy",
+    "prompt_of",
+    "reference_of",
     "roll_out",
     "save_checkpoint",
+    "save_snapshot",
     "score_candidates",
     "score_continuations",
     "scratch_policy",

@@ -47,7 +47,9 @@ def adapted(policy: Policy, seed: int, *, rank: int, alpha: int, target_modules:
             f"policy.lora.target_modules: {list(target_modules)} cannot be adapted; this model's linear layers are "
             f"{', '.join(sorted(linear))}. ({str(error).splitlines()[0]})"
         ) from error
+    policy.adapters = wrapper
     yield
+    policy.adapters = None
     policy.model = wrapper.merge_and_unload()
     for parameter in policy.model.parameters():
         parameter.requires_grad_(True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 
 import torch
 
+from rerankkit.errors import UsageError
 from rerankkit.lm.cache import bfloat16_pays
 from rerankkit.lm.permutation import answer_mask
 from rerankkit.lm.policy import Policy
@@ -28,31 +30,54 @@ def ask(
     salt: str = "",
     first_group: int = 0,
     constrain: bool = True,
+    think: bool | None = None,
+    shuffle: bool = False,
 ) -> list[Rollout]:
     """`group_size` rollouts of each example, group after group, the groups numbered from `first_group`.
 
     What is sampled for an example depends on (`info.seed`, `salt`, its id), not on its neighbours. With `constrain`,
     reasoning is free and every answer is a complete permutation; raises UsageError if `max_new_tokens` cannot hold it.
+    With `shuffle` each prompt lists the candidates in an order of its own (`Rollout.shown`), drawn from the same key;
+    examples, and rankings with them, stay in the order that was given. Without `think` the explanation is empty, by the
+    mask; None does as the policy was trained.
     """
+    if think is False and not constrain:
+        raise UsageError("an empty explanation is forced by the mask: think = false needs constrain = true.")
+    reasons = policy.thinks if think is None else think
+    shown = [_shuffled(example, info.seed, salt) if shuffle else () for example in examples]
     groups = roll_out(
         policy,
-        [policy.prompt_ids(rerank_messages(example, policy.surface, policy.style)) for example in examples],
+        [prompt_of(policy, example, order) for example, order in zip(examples, shown, strict=True)],
         group_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seeds=[seed_of(info.seed, salt, example.example_id) for example in examples],
         autocast=torch.bfloat16 if info.precision == "bfloat16" and bfloat16_pays(policy.device) else None,
-        masks=[answer_mask(policy, example, max_new_tokens) for example in examples] if constrain else None,
+        masks=[answer_mask(policy, example, max_new_tokens, reasons) for example in examples] if constrain else None,
     )
     return [
-        as_rollout(policy, example, sample, first_group + number)
-        for number, (example, samples) in enumerate(zip(examples, groups, strict=True))
+        as_rollout(policy, example, sample, first_group + number, order)
+        for number, (example, samples, order) in enumerate(zip(examples, groups, shown, strict=True))
         for sample in samples
     ]
 
 
-def as_rollout(policy: Policy, example: RerankExample, sample: Sample, group: int) -> Rollout:
+def prompt_of(policy: Policy, example: RerankExample, shown: Sequence[int] = ()) -> list[int]:
+    """Token ids of the ask; `shown` is the order in which it lists the candidates (`Rollout.shown`)."""
+    return policy.prompt_ids(
+        rerank_messages(example.in_order(shown) if shown else example, policy.surface, policy.style)
+    )
+
+
+def _shuffled(example: RerankExample, *key: object) -> tuple[int, ...]:
+    places = range(len(example.candidates))
+    return tuple(random.Random(seed_of("shown", *key, example.example_id)).sample(places, len(places)))
+
+
+def as_rollout(
+    policy: Policy, example: RerankExample, sample: Sample, group: int, shown: Sequence[int] = ()
+) -> Rollout:
     """A sample, taken apart."""
     text = policy.decode(sample.token_ids)
     answer = parse_answer(text, example, policy.surface)
@@ -66,6 +91,7 @@ def as_rollout(policy: Policy, example: RerankExample, sample: Sample, group: in
         allowed_ids=sample.allowed,
         num_reasoning_tokens=_boundary(policy, sample.token_ids),
         group=group,
+        shown=tuple(shown),
         truncated=sample.truncated,
     )
 

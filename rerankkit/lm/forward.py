@@ -36,7 +36,8 @@ class TokenLogps:
     """[K] int64, the sequence of each token, counted in the order they were given."""
     num_sequences: int
     entropies: Tensor | None = None
-    """[K] float32 in nats, of the next-token distribution (under the mask, if any); no gradient. None unless asked."""
+    """[K] float32 in nats, differentiable: of what each token was chosen from (under the mask, if any); None unless
+    asked."""
 
     def split(self, values: Tensor | None = None) -> tuple[Tensor, ...]:
         """`logps` (or other values [K]) cut into one tensor a sequence."""
@@ -239,17 +240,20 @@ class _Chosen(torch.autograd.Function):
         logps = (scores if temperature == 1 else scores / temperature).log_softmax(-1)
         chosen = logps.gather(-1, ids[:, None])[:, 0]
         spread = -(logps.exp() * logps).sum(-1) if entropies else torch.zeros_like(chosen)
-        ctx.save_for_backward(logps, ids)
-        ctx.mark_non_differentiable(spread)
+        ctx.save_for_backward(logps, ids, spread)
+        ctx.set_materialize_grads(False)  # most losses leave the entropies alone
         ctx.temperature = temperature
         return chosen, spread
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        logps, ids = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_spread: Tensor | None) -> tuple[Tensor, None, None, None]:
+        logps, ids, spread = ctx.saved_tensors
+        grad = torch.zeros_like(spread) if grad is None else grad
         scale = (grad / ctx.temperature)[:, None]
         slopes = logps.exp().mul_(-scale)
+        if grad_spread is not None:  # dH / d score = -p (log p + H) / temperature; p is 0 where log p is far below
+            slopes -= logps.exp() * (logps + spread[:, None]) * (grad_spread / ctx.temperature)[:, None]
         return slopes.scatter_add_(-1, ids[:, None], scale), None, None, None
 
 

@@ -158,8 +158,8 @@ class AnswerMask:
         return State(forced + self.spellings[left.bit_length() - 1] + self.pieces.closing, _END, 0, 0)
 
 
-def answer_mask(policy: Policy, example: RerankExample, max_new_tokens: int) -> AnswerMask:
-    """The mask for one example: reasoning gets whatever the list leaves of `max_new_tokens`.
+def answer_mask(policy: Policy, example: RerankExample, max_new_tokens: int, think: bool = True) -> AnswerMask:
+    """The mask for one example: reasoning gets whatever the list leaves of `max_new_tokens`, or nothing.
 
     Raises UsageError if not even the list fits, ValueError for an example without candidates.
     """
@@ -170,7 +170,7 @@ def answer_mask(policy: Policy, example: RerankExample, max_new_tokens: int) -> 
             f"max_new_tokens: {max_new_tokens} is too small; a list of {len(spellings)} candidates alone takes "
             f"{mask.num_fixed_tokens} tokens of this policy, and reasoning comes on top."
         )
-    return AnswerMask(mask.pieces, spellings, max_new_tokens - mask.num_fixed_tokens)
+    return AnswerMask(mask.pieces, spellings, max_new_tokens - mask.num_fixed_tokens) if think else mask
 
 
 def answer_pieces(policy: Policy) -> AnswerPieces:

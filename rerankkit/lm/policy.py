@@ -36,8 +36,12 @@ class Policy:
         style: PromptStyle | None = None,
         surface: SidSurface | None = None,
         codebook_sizes: Sequence[int] = (),
+        thinks: bool = True,
     ) -> None:
-        """Raises UsageError for a model whose attention is not plain causal attention over the whole past."""
+        """Without `thinks`, its answers under the mask have an empty explanation: so it was trained.
+
+        Raises UsageError for a model whose attention is not plain causal attention over the whole past.
+        """
         from rerankkit.text.prompts import PromptStyle
 
         _check_attention(model.config)
@@ -48,6 +52,8 @@ class Policy:
         self.style = style or PromptStyle()
         self.surface = surface or SidSurface()
         self.codebook_sizes = tuple(codebook_sizes)
+        self.thinks = thinks
+        self.adapters: Any = None  # peft's wrapper, while adapters are trained
         self.end_text, self.end_id = self._turn_end()
 
     @property
@@ -195,6 +201,7 @@ class Policy:
             "surface": asdict(self.surface),
             "codebook_sizes": list(self.codebook_sizes),
             "style": asdict(self.style),
+            "thinks": self.thinks,
         }
         (folder / SIDECAR).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -221,6 +228,7 @@ class Policy:
             style=PromptStyle(**style),
             surface=SidSurface(**about["surface"]),
             codebook_sizes=about["codebook_sizes"],
+            thinks=about.get("thinks", True),
         )
 
     def _render(self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool) -> str:

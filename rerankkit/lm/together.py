@@ -16,7 +16,7 @@ from rerankkit.protocols import RewardFn
 from rerankkit.types import Failed, NotApplicable, Outcome, Parse, Ranking, RerankExample, Reward, Rollout
 
 OUTCOMES: Mapping[str, Any] = {kind.__name__: kind for kind in (Reward, NotApplicable, Failed)}
-TUPLES = ("token_ids", "logps")
+TUPLES = ("token_ids", "logps", "shown")
 
 
 def judged_rollouts(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rerankkit.config import KnnLists, PolicyLists, PopularityLists, RunConfig, WorldData
 from rerankkit.errors import RunFailed
 from rerankkit.stages.compare import save_rankings
-from rerankkit.stages.report import build_report, choose_examples, example_card, summarise, write_report
+from rerankkit.stages.report import bias_findings, build_report, choose_examples, example_card, summarise, write_report
 from rerankkit.stages.scorecard import scorecard_facts
+from rerankkit.stages.watch import watch_facts
 from rerankkit.stages.wording import plain
 from rerankkit.store import Artifact, RunFolder, manifest, read_metrics, write_json
 from rerankkit.types import Ranking, RerankExample, SidSurface
@@ -17,6 +18,8 @@ from rerankkit.types import Ranking, RerankExample, SidSurface
 if TYPE_CHECKING:
     from rerankkit.data.dataset import Dataset
     from rerankkit.data.lists import CandidateLists
+    from rerankkit.stages.exported import ExportedRankings
+    from rerankkit.stages.gate import Exported
     from rerankkit.stages.rankings import Rankings
     from rerankkit.stages.sids import SidMap
     from rerankkit.stages.traces import Traces
@@ -29,6 +32,8 @@ def report_run(
     lists: Artifact[CandidateLists],
     traces: Artifact[Traces],
     ranked: Mapping[str, Artifact[Rankings]],
+    gate: Artifact[Exported],
+    exported: Artifact[ExportedRankings],
 ) -> dict[str, Any]:
     """Write the three reports, the rankings behind them and the TREC files; returns what report.json holds."""
     config, dataset, sid_map, candidates = folder.config, data.load(), sids.load(), lists.load()
@@ -36,12 +41,17 @@ def report_run(
     if not examples:
         raise RunFailed("evaluate: no test list holds its target, so nothing can be measured; widen candidates.size.")
     answers = {name: artifact.load() for name, artifact in ranked.items()}
+    chosen = exported.load()
+    if chosen.name not in answers:
+        answers[chosen.name] = chosen.rankings
+    if chosen.no_reasoning is not None:
+        answers["no-reasoning"] = chosen.no_reasoning
     systems = {name: [a.rankings[e.example_id] for e in examples] for name, a in answers.items()}
     if isinstance(config.data, WorldData):
         systems["ceiling"] = best_possible(config.data, examples)
     samples = config.evaluate.bootstrap_samples
     num_users = len(candidates.of("test"))
-    summary = summarise(examples, systems, num_users=num_users, seed=config.seed, samples=samples)
+    summary = summarise(examples, systems, num_users=num_users, seed=config.seed, samples=samples, exported=chosen.name)
     written = traces.load()
     record = manifest(config)
     report = build_report(
@@ -49,7 +59,7 @@ def report_run(
         title="Re-ranking the simulated shop" if isinstance(config.data, WorldData) else "Re-ranking",
         protocol=candidates.protocol("test"),
         lists_digest=candidates.digest,
-        caveats=_caveats(config),
+        caveats=_caveats(config) | _choice(gate.load().facts),
         data=_notes(dataset, candidates),
         sids=scorecard_facts(sid_map.scorecard),
         teacher={
@@ -67,11 +77,17 @@ def report_run(
         },
     )
     report["scorecard"] = plain(sid_map.scorecard)
+    metrics = read_metrics(folder.path)
+    report["watch"] = plain(watch_facts(metrics, config.watch))
+    report["gate"] = gate.load().facts
+    report["position_bias"] = chosen.position_bias
+    report["findings"] = [report["gate"]["reason"] + ".", *report["findings"], *bias_findings(chosen.position_bias)]
+    report["warnings"] += [f"Reinforcement, step {a['step']}: {a['sentence']}." for a in report["watch"]["alarms"]]
     if folder.hooks is not None:
         sections = [section for section in folder.hooks.rerankkit_report(report=report) if section]
         report["sections"] = plain({heading: text for section in sections for heading, text in section.items()})
-    shown = choose_examples(examples, systems["rl"], seed=config.seed)
-    columns = [name for name in ("sft", "rl") if name in answers]
+    shown = choose_examples(examples, systems[chosen.name], seed=config.seed)
+    columns = list(dict.fromkeys(("sft", "rl", chosen.name)))
     cards = [
         example_card(
             examples[i],
@@ -84,8 +100,14 @@ def report_run(
     candidates.export_trec(folder.path / "trec")
     seconds = {"stages": folder.seconds()}
     write_json(folder.path / "manifest.json", {**record, "fingerprints": folder.fingerprints, **seconds})
-    write_report(folder.path, report, read_metrics(folder.path), cards)
+    write_report(folder.path, report, metrics, cards)
     return report
+
+
+def _choice(facts: Mapping[str, Any]) -> dict[str, str]:
+    """On whom the exported policy was chosen."""
+    users = f"chosen by {facts['metric']} on {facts['users']:,} validation users; test users had no part in it"
+    return {"exported policy": users if facts["users"] else "not chosen but taken: RL's end"}
 
 
 def _notes(dataset: Dataset, candidates: CandidateLists) -> dict[str, Any]:

@@ -173,6 +173,48 @@ def interval_chart(groups: Mapping[str, Mapping[str, tuple[float, float, float]]
     )
 
 
+def bar_chart(groups: Mapping[str, Sequence[float]], title: str, unit: str, x_label: str) -> str:
+    """Bars side by side: `groups` is series -> one value >= 0 for each place 1, 2, ...; empty without any."""
+    groups = {name: values for name, values in groups.items() if values}
+    most = max((v for values in groups.values() for v in values if math.isfinite(v)), default=0.0)
+    if not most > 0:
+        return ""
+    count = max(map(len, groups.values()))
+    _, high = _range([0.0, most], (0.0, most))
+    slot = (WIDTH - LEFT - RIGHT) / count
+    thick = 0.76 * slot / len(groups)
+    axis = HEIGHT - BOTTOM
+
+    def py(y: float) -> float:
+        return axis - y / high * (axis - TOP)
+
+    body = []
+    for tick in ticks(0.0, high, 5):
+        y = f"{py(tick):.1f}"
+        body.append(f'<line class="grid" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y}" y2="{y}"/>')
+        body.append(f'<text class="tick" x="{LEFT - 7:g}" y="{y}" dy=".32em" text-anchor="end">{number(tick)}</text>')
+    for place in range(count):
+        if place % -(-count // 20) == 0:
+            x = f"{LEFT + (place + 0.5) * slot:.1f}"
+            body.append(f'<text class="tick" x="{x}" y="{axis + 16:g}" text-anchor="middle">{place + 1}</text>')
+    for index, values in enumerate(groups.values()):
+        for place, value in enumerate(values):
+            if math.isfinite(value) and value > 0:
+                left, top = LEFT + (place + 0.12) * slot + index * thick, py(value)
+                where = f'x="{left:.1f}" y="{top:.1f}" width="{thick:.1f}" height="{axis - top:.1f}"'
+                body.append(f'<rect class="c{index % 6}" {where}/>')
+    body.append(f'<line class="axis" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{axis:g}" y2="{axis:g}"/>')
+    body.append(
+        f'<text class="tick" x="{WIDTH - RIGHT:g}" y="{HEIGHT - 5:g}" text-anchor="end">{escape(x_label)}</text>'
+    )
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b><span class="unit">{escape(unit)}</span>'
+        f"{_legend(list(groups))}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(title + ": " + ", ".join(groups))}">'
+        f"{''.join(body)}</svg></figure>"
+    )
+
+
 def _legend(names: Sequence[str]) -> str:
     if len(names) < 2:
         return ""
@@ -183,7 +225,7 @@ def _legend(names: Sequence[str]) -> str:
 def _range(values: Sequence[float], span: tuple[float, float] | None, margin: float = 0.04) -> tuple[float, float]:
     """From smallest to largest with a little air, wide enough for `span`, and never empty."""
     low, high = min(values), max(values)
-    if span is not None and span[0] <= low and high <= span[1]:
+    if span is not None and span[0] < span[1] and span[0] <= low and high <= span[1]:
         return span
     air = margin * (high - low) if high > low else abs(low) * 0.5 or 0.5
     low, high = low - air, high + air

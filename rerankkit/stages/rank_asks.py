@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
@@ -161,7 +162,8 @@ class Ranker:
 
     def _found(self, examples: Sequence[RerankExample]) -> list[tuple[Ranking, str]]:
         """Ranking and reasoning of each example, as the run itself made them for its test users."""
-        rank, size = score if self.how == "score" else generate, self.evaluate.batch_size
+        think, size = self.evaluate.think != "off", self.evaluate.batch_size
+        rank = score if self.how == "score" else partial(generate, think=think)
         starts = range(0, len(examples), size)
         return [
             answer

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rerankkit import processes
-from rerankkit.config import Evaluate
+from rerankkit.config import Answering
 from rerankkit.types import Parse, Ranking, RerankExample, RunInfo
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rerankkit.data.lists import CandidateLists
     from rerankkit.lm import Policy
     from rerankkit.stages.sids import SidMap
+
+How: TypeAlias = Literal["score", "generate"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Rankings:
 
 
 def rank_users(
-    how: Literal["score", "generate"],
-    config: Evaluate,
+    how: How,
+    config: Answering,
+    think: bool,
     dataset: Dataset,
     sids: SidMap,
     lists: CandidateLists,
@@ -66,19 +70,33 @@ def rank_users(
     *,
     info: RunInfo,
 ) -> Rankings:
-    """Answers for the test users whose target is listed.
-
-    `generate`: the greedy answer, reasoning first. `score`: candidates by log P(SID | history), for a policy that has
-    not yet learned to answer; ties keep the given order.
-    """
+    """Answers for the test users whose target is listed."""
     examples = lists.examples(sids.attach(dataset.items), "test", only_with_target=True)
-    rank = generate if how == "generate" else score
+    return rank_examples(how, policy, examples, config, think, info, what="ranking test users")
+
+
+def rank_examples(
+    how: How,
+    policy: Policy,
+    examples: Sequence[RerankExample],
+    config: Answering,
+    think: bool,
+    info: RunInfo,
+    *,
+    what: str,
+) -> Rankings:
+    """One policy's answers, shared among the processes; each of them gets all.
+
+    `generate`: the greedy answer, reasoning first, or without `think` none. `score`: candidates by log P(SID |
+    history), for a policy that has not yet learned to answer; ties keep the given order.
+    """
+    rank = partial(generate, think=think) if how == "generate" else score
     own = processes.share(examples)
 
     def answer() -> list[tuple[tuple[int, ...], str, str, str]]:
         starts = range(0, len(own), config.batch_size)
         answers = []
-        for start in info.progress(starts, total=len(starts), what="ranking test users"):
+        for start in info.progress(starts, total=len(starts), what=what):
             answers += rank(policy, own[start : start + config.batch_size], config, info)
         return [(r.order, str(r.parse), r.problem, said) for r, said in answers]
 
@@ -89,9 +107,9 @@ def rank_users(
 
 
 def generate(
-    policy: Policy, examples: Sequence[RerankExample], config: Evaluate, info: RunInfo
+    policy: Policy, examples: Sequence[RerankExample], config: Answering, info: RunInfo, think: bool = True
 ) -> list[tuple[Ranking, str]]:
-    """The policy's greedy answers."""
+    """The policy's greedy answers; without `think` with an empty explanation, else as it was trained."""
     from rerankkit.lm import ask
 
     rollouts = ask(
@@ -103,12 +121,13 @@ def generate(
         info=info,
         salt="evaluate",
         constrain=config.constrain,
+        think=None if think else False,
     )
     return [(rollout.ranking, rollout.reasoning) for rollout in rollouts]
 
 
 def score(
-    policy: Policy, examples: Sequence[RerankExample], config: Evaluate, info: RunInfo
+    policy: Policy, examples: Sequence[RerankExample], config: Answering, info: RunInfo
 ) -> list[tuple[Ranking, str]]:
     """Candidates by the policy's log P of their SIDs after the history."""
     from rerankkit.lm import score_continuations

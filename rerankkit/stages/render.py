@@ -28,7 +28,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         ["system", *names, "same order", "Kendall tau", "invalid"],
         [
             [
-                _cell(row["name"]),
+                _cell(row["name"]) + (" (exported)" if row.get("exported") else ""),
                 *(_bold(number(row["metrics"][m]), row["name"] in best[m]) for m in names),
                 *(percent(row["identity_rate"]), f"{row['kendall_tau']:.2f}", percent(row["invalid_rate"])),
             ]
@@ -45,6 +45,9 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "## Findings", "", *(f"- {_cell(text)}" for text in report["findings"])]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {_cell(text)}" for text in report["warnings"])]
+    lines += _md_watch(report.get("watch", NO_WATCH))
+    lines += _md_gate(report.get("gate", {}))
+    lines += _md_bias(report.get("position_bias", {}))
     lines += ["", "## Before quoting a number", ""]
     lines += [f"- **{_cell(name)}**: {_cell(text)}" for name, text in caveats(report)]
     for heading, text in report.get("sections", {}).items():
@@ -66,6 +69,75 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         cells = [[_cell(part.get(key, "")) for key in keys] for part in parts]
         lines += ["", "## Parts", "", *_md_table(keys, cells)]
     return "\n".join(lines) + "\n"
+
+
+def _md_gate(gate: Mapping[str, Any]) -> list[str]:
+    """The choice of the exported policy, made on validation users."""
+    if not gate:
+        return []
+    lines = ["", "## The exported policy", "", f"{_cell(gate['reason'])}."]
+    if gate["rows"]:
+        names = list(dict.fromkeys((gate["metric"], "R@1", "R@5", "MRR")))
+        cells = [
+            [
+                _cell(row["name"]) + (" (exported)" if row["name"] == gate["exported"] else ""),
+                *(number(row["metrics"][name]) for name in names),
+                percent(row["identity_rate"]),
+            ]
+            for row in gate["rows"]
+        ]
+        lines += ["", f"On {gate['users']:,} validation users (the choice was made on them):", ""]
+        lines += _md_table(["policy", *names, "same order"], cells)
+    return lines
+
+
+def bias_rows(bias: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each system whose lists were shuffled."""
+    return [
+        [
+            name,
+            percent(found["same_first"]),
+            f"{found['kendall_tau']:.2f}",
+            number(found["metrics"]["NDCG@5"]["given"]),
+            "{} to {}".format(*(number(found["metrics"]["NDCG@5"][end]) for end in ("low", "high"))),
+            percent(found["shown_first"][0]),
+        ]
+        for name, found in bias.items()
+    ]
+
+
+BIAS_HEAD = (
+    "system",
+    "same first choice",
+    "Kendall tau",
+    "NDCG@5 as given",
+    "NDCG@5 shuffled",
+    "chose the first shown",
+)
+
+
+def _md_bias(bias: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not bias:
+        return []
+    rows = [[_cell(cell) for cell in row] for row in bias_rows(bias)]
+    return ["", "## Position bias", "", *_md_table(BIAS_HEAD, rows)]
+
+
+def _md_watch(watch: Mapping[str, Any]) -> list[str]:
+    """The watch over reinforcement: its alarms, and where the first choice was given."""
+    if not watch["steps"]:
+        return []
+    lines = ["", "## Reinforcement, step by step", ""]
+    lines += [f"- step {a['step']}, {_cell(a['rule'])}: {_cell(a['sentence'])}" for a in watch["alarms"]]
+    if not watch["alarms"]:
+        lines += [f"Watched for {watch['steps']} steps: no rule fired."]
+    places = {name: shares for name, shares in watch["first_choice"].items() if shares}
+    if places:
+        count = max(map(len, places.values()))
+        shown = [[name, *map(percent, shares)] for name, shares in places.items()]
+        lines += ["", "Given place of the first choice:", ""]
+        lines += _md_table(["", *(str(place + 1) for place in range(count))], shown)
+    return lines
 
 
 def render_html(
@@ -90,15 +162,41 @@ def render_html(
         bounds=lambda c: f"{points(c['low'])}, {points(c['high'])}",
         caveats=caveats(report),
         forest=Markup(_forest(report)),
-        charts=[(heading, [Markup(c) for c in drawn]) for heading, drawn in learning_curves(metrics)],
+        charts=_marked(learning_curves(metrics, report.get("watch", {}))),
+        watch=report.get("watch", NO_WATCH),
+        evidence_steps=_evidence_steps,
         cost=_cost(metrics),
         share=_share,
+        gate=report.get("gate", {}),
+        gate_names=list(dict.fromkeys((report.get("gate", {}).get("metric", "NDCG@5"), "R@1", "R@5", "MRR"))),
+        bias=bias_rows(report.get("position_bias", {})),
+        bias_head=BIAS_HEAD,
         moves=_moves(report),
         examples=examples,
         parts=report["manifest"].get("parts", []),
         manifest={key: value for key, value in report["manifest"].items() if key != "parts"},
         **_scorecard(report.get("scorecard", {})),
     )
+
+
+def render_watch(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What the watch saw (`stages.watch.watch_facts`) of a run that it stopped, as a page of its own."""
+    return _page(
+        "stopped.html.j2", watch=facts, charts=_marked(learning_curves(metrics, facts)), evidence_steps=_evidence_steps
+    )
+
+
+NO_WATCH: Mapping[str, Any] = {"alarms": [], "steps": 0}
+
+
+def _marked(charts: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[Any]]]:
+    from markupsafe import Markup
+
+    return [(heading, [Markup(figure) for figure in figures]) for heading, figures in charts]
+
+
+def _evidence_steps(alarm: Mapping[str, Any]) -> list[int]:
+    return sorted({step for series in alarm["evidence"].values() for step, _ in series})
 
 
 def render_scorecard(card: Mapping[str, Any]) -> str:
@@ -159,9 +257,11 @@ def _scorecard(card: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(heading, figures as HTML) for each stage that logged something drawable."""
-    from rerankkit.stages.charts import line_chart
+def learning_curves(
+    metrics: Sequence[Mapping[str, Any]], watch: Mapping[str, Any] | None = None
+) -> list[tuple[str, list[str]]]:
+    """(heading, figures as HTML) for each stage that logged something drawable; `watch` are its facts."""
+    from rerankkit.stages.charts import bar_chart, line_chart
 
     logs = _by_stage(metrics)
 
@@ -187,7 +287,17 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, lis
         "invalid_rate": "invalid answers",
         "rewards/failed": "could not be judged",
     }
-    length = {"completions/mean_length": "mean length"}
+    length = {"completions/mean_length": "answers", "completions/mean_reasoning_length": "reasoning"}
+    taus = {"tau_within_group": "within a group", "tau_to_last": "to the last answers to the same ask"}
+    why = {
+        key: key.removeprefix("zero_std/").replace("_", " ")
+        for record in logs.get("rl", [])
+        for key in record
+        if key.startswith("zero_std/")
+    }
+    trust = {"kl": "KL", "logp_gap": "sampler against trainer"}
+    clips = {"clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
+    places = (watch or {}).get("first_choice", {})
     sections = [
         (
             "Training loss",
@@ -201,10 +311,15 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, lis
             [
                 line_chart(parts, "Reward and its parts", "mean over rollouts"),
                 line_chart(lines("rl", order), "Closeness to the given order", "1 = copied", (0.0, 1.0)),
+                bar_chart(places, "Given place of the first choice", "share of answers", "given place"),
+                line_chart(lines("rl", taus), "Agreement among answers", "Kendall tau"),
+                line_chart(lines("rl", why), "Groups without variance, by reason", "share", (0.0, 1.0)),
                 line_chart(lines("rl", {"entropy": "entropy"}), "Entropy", "nats a token", (0.0, 0.0)),
                 line_chart(lines("rl", length), "Completion length", "tokens", (0.0, 0.0)),
                 line_chart(lines("rl", health), "Wasted rollouts", "share", (0.0, 1.0)),
                 line_chart(lines("rl", {"grad_norm": "norm"}), "Gradient norm", "before clipping", (0.0, 0.0)),
+                line_chart(lines("rl", trust), "Distance from the sampler", "nats a token", (0.0, 0.0)),
+                line_chart(lines("rl", clips), "Clipped tokens", "share", (0.0, 0.0)),
             ],
         ),
     ]
@@ -235,7 +350,8 @@ def caveats(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _moves(report: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in report["rows"]}
-    best = next((name for name in ("rl", "sft", "mid-train") if name in rows), None)
+    exported = [name for name, row in rows.items() if row.get("exported")]
+    best = next((name for name in (*exported, "rl", "sft", "mid-train") if name in rows), None)
     if best is None or "up_rate" not in rows[best]:
         return ""
     up, down = rows[best]["up_rate"], rows[best]["down_rate"]
@@ -256,7 +372,7 @@ def _forest(report: Mapping[str, Any]) -> str:
     groups: dict[str, dict[str, tuple[float, float, float]]] = {}
     for a, b in _pairs(report):
         for c in report["comparisons"]:
-            if (c["a"], c["b"]) == (a, b) and (b == "pre-rank" or a == "rl"):
+            if (c["a"], c["b"]) == (a, b) and (b == "pre-rank" or a.startswith("rl")):
                 whisker = (100 * c["difference"], 100 * c["low"], 100 * c["high"])
                 groups.setdefault(c["metric"], {})[f"{label(a)} over {label(b)}"] = whisker
     return interval_chart(groups, "Differences", "points, paired 95% intervals; right of zero is better")

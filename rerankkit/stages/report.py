@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rerankkit.errors import DataError
-from rerankkit.stages.wording import BOUNDS, capital, change, interval, label, percent, plain, points, signed
+from rerankkit.stages.wording import BOUNDS, capital, change, interval, label, number, percent, plain, points, signed
 from rerankkit.store import write_text
 from rerankkit.types import Item, Parse, Ranking, RerankExample, SidSurface
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COMPARED = ("R@1", "R@3", "R@5", "NDCG@3", "NDCG@5", "NDCG@10", "MRR")
 """The metrics that get a paired interval. R@10 of a list of ten is 1 under the condition."""
 HEADLINE = "NDCG@5"
-KNOWN = ("pre-rank", "mid-train", "sft", "rl", *BOUNDS)
+KNOWN = ("pre-rank", "mid-train", "sft", "rl", "no-reasoning", *BOUNDS)
 INVALID_LIMIT, IDENTITY_LIMIT, TAU_LIMIT, FEW_USERS = 0.05, 0.80, 0.95, 200
 MOSTLY_INVALID, HANDFUL = 0.5, 20
 """Beyond this share of invalid answers, and below this many users, the headline itself says so."""
@@ -38,6 +38,7 @@ def summarise(
     num_users: int,
     seed: int,
     samples: int = 10_000,
+    exported: str = "",
 ) -> dict[str, Any]:
     """Rows, paired comparisons and findings for the systems that ranked `examples`, in `report.json`'s form.
 
@@ -45,9 +46,9 @@ def summarise(
     `systems` has N rankings, aligned. The rows `pre-rank` (the order as given) and `oracle` (relevance order) are
     added; a system named `ceiling` counts as a bound like the oracle. `invalid_rate` is the share of answers that were
     not a complete permutation, whether repaired or failed; `failed_rate` the share of those of which nothing could be
-    used, so that the given order stood in for them. Comparisons: each system against pre-rank, rl against sft, sft
-    against mid-train, with 95% intervals from `samples` paired bootstrap samples. Raises DataError when there is
-    nothing to evaluate or lengths differ.
+    used, so that the given order stood in for them. Comparisons: each system against pre-rank, rl and rl@STEP against
+    sft, sft against mid-train, the `exported` system against no-reasoning, with 95% intervals from `samples` paired
+    bootstrap samples. Raises DataError when there is nothing to evaluate or lengths differ.
     """
     from rerankkit.math.metrics import ranking_metrics
     from rerankkit.math.statistics import paired_bootstrap
@@ -59,13 +60,16 @@ def summarise(
     }
     rows = [_row(name, examples, rankings, per_user[name]) for name, rankings in everything.items()]
     comparisons = []
-    for a, b in _pairs(list(everything)):
-        for metric in COMPARED:
+    sizes = sorted({len(e.candidates) for e in examples})
+    compared = COMPARED if sizes[-1] <= 10 else (*COMPARED, "R@10")
+    for row in rows:
+        row["exported"] = row["name"] == exported
+    for a, b in _pairs(list(everything), exported):
+        for metric in compared:
             drawn = paired_bootstrap(per_user[a][metric], per_user[b][metric], samples=samples, seed=seed)
             found = {"difference": drawn.difference, "low": drawn.low, "high": drawn.high}
             comparisons.append({"a": a, "b": b, "metric": metric, **found})
     share = len(examples) / num_users
-    sizes = sorted({len(e.candidates) for e in examples})
     size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     summary = {
         "condition": f"test users whose target is among the {size} candidates: {len(examples):,} of {num_users:,}",
@@ -126,7 +130,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     names = [row["name"] for row in summary["rows"] if row["name"] not in ("pre-rank", *BOUNDS)]
     if not names:
         return f"Nothing was trained: the given order, {summary['condition']}."
-    best = next((name for name in ("rl", "sft", "mid-train") if name in names), names[-1])
+    best = _best(summary) or names[-1]
     found = _comparison(summary, best, "pre-rank", HEADLINE)
     few = f" (only {summary['n']} test users)" if summary["n"] < HANDFUL else ""
     between = f"{interval(found)}{few}"
@@ -279,16 +283,30 @@ def _places_up(example: RerankExample, ranking: Ranking) -> int:
     return 0 if target is None else target - ranking.order.index(target)
 
 
-def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+def _pairs(names: Sequence[str], exported: str) -> list[tuple[str, str]]:
     against = [(name, "pre-rank") for name in names if name != "pre-rank"]
-    return against + [(a, b) for a, b in (("rl", "sft"), ("sft", "mid-train")) if a in names and b in names]
+    trained = [(name, "sft") for name in names if name.startswith("rl")]
+    others = [*trained, ("sft", "mid-train"), (exported, "no-reasoning")]
+    return against + [(a, b) for a, b in others if a in names and b in names]
+
+
+def _best(summary: Mapping[str, Any]) -> str | None:
+    """The system that the report is about: the exported one, or the last of those that were trained."""
+    rows = {row["name"]: row for row in summary["rows"]}
+    exported = [name for name, row in rows.items() if row.get("exported")]
+    return next((name for name in (*exported, "rl", "sft", "mid-train") if name in rows), None)
 
 
 def _findings(summary: Mapping[str, Any]) -> Iterator[str]:
     rows = {row["name"]: row for row in summary["rows"]}
+    for what, a, b in (
+        *(("Reinforcement", name, "sft") for name in rows if name.startswith("rl")),
+        *(("Thinking", name, "no-reasoning") for name in rows if rows[name].get("exported")),
+    ):
+        if b in rows:
+            yield helped(summary, what, a, b)
     for a, b in (
         ("rl", "pre-rank"),
-        ("rl", "sft"),
         ("sft", "pre-rank"),
         ("sft", "mid-train"),
         ("mid-train", "pre-rank"),
@@ -297,7 +315,7 @@ def _findings(summary: Mapping[str, Any]) -> Iterator[str]:
             yield _verdict(summary, a, b)
     for name in (name for name in rows if name not in KNOWN):
         yield _verdict(summary, name, "pre-rank")
-    best = next((name for name in ("rl", "sft", "mid-train") if name in rows), None)
+    best = _best(summary)
     if best is None:
         return
     yield (
@@ -312,6 +330,40 @@ def _findings(summary: Mapping[str, Any]) -> Iterator[str]:
     if room > 0:
         taken = f"{label(best)} takes {percent(gain / room)} of that" if gain > 0 else f"{label(best)} takes none of it"
         yield f"{means} would lift {HEADLINE} by {points(room)} points; {taken}."
+
+
+def helped(summary: Mapping[str, Any], what: str, a: str, b: str) -> str:
+    """Whether a is better than b, at which depths, and which way it went where it went both ways; with numbers."""
+    found = {c["metric"]: c for c in summary["comparisons"] if (c["a"], c["b"]) == (a, b)}
+    up = [metric for metric, c in found.items() if c["low"] > 0]
+    down = [metric for metric, c in found.items() if c["high"] < 0]
+    if up and down:
+        said = f"helped at {', '.join(up)} and hurt at {', '.join(down)}"
+        if "R@1" in up and any(metric.startswith("R@") for metric in down):
+            said += ": more targets come first, and others are lost further down"
+    elif up or down:
+        level = [metric for metric in found if metric not in up + down]
+        said = f"helped at {', '.join(up)}" if up else f"hurt at {', '.join(down)}"
+        said += f"; no measurable difference at {', '.join(level)}" if level else ""
+    else:
+        said = "made no measurable difference at any depth"
+    numbers = ", ".join(
+        f"{metric} {change(c)}" for metric, c in found.items() if metric in ("R@1", "R@5", "R@10", HEADLINE)
+    )
+    return f"{what} {said} ({label(a)} against {label(b)}). {numbers}."
+
+
+def bias_findings(bias: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What shuffling the lists showed of each system, a sentence each."""
+    for name, found in bias.items():
+        spread, first = found["metrics"][HEADLINE], found["shown_first"]
+        yield (
+            f"Position bias of {label(name)}: over {found['shuffles']} shuffles of the same lists the first choice was "
+            f"the same in {percent(found['same_first'])} of pairs of orders, mean Kendall tau "
+            f"{found['kendall_tau']:.2f}; {HEADLINE} {number(spread['given'])} as given, {number(spread['low'])} to "
+            f"{number(spread['high'])} shuffled; what was shown first was chosen in {percent(first[0])} of lists, "
+            f"{percent(1 / len(first))} without bias."
+        )
 
 
 def _verdict(summary: Mapping[str, Any], a: str, b: str) -> str:
@@ -349,7 +401,9 @@ def _warnings(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} hardly departs from the given order: mean Kendall tau to it is {row['kendall_tau']:.2f}."
     rows = {row["name"] for row in summary["rows"]}
     if {"rl", "sft"} <= rows and (c := _comparison(summary, "rl", "sft", HEADLINE))["high"] < 0:
-        yield f"RL made {HEADLINE} worse than SFT: {change(c)} points. Prefer the SFT policy."
+        exported = _best(summary)
+        then = "Prefer the SFT policy" if exported == "rl" else f"{capital(label(exported or 'sft'))} is exported"
+        yield f"RL made {HEADLINE} worse than SFT: {change(c)} points. {then}."
 
 
 def _comparison(report: Mapping[str, Any], a: str, b: str, metric: str) -> Mapping[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,9 @@ from rerankkit.errors import RunFailed
 from rerankkit.protocols import PolicyOptimizer, RewardFn
 from rerankkit.stages.rewards import combine
 from rerankkit.stages.training import adapting
+from rerankkit.stages.watch import Alarm, Watcher, measure, watch_facts
+from rerankkit.stages.wording import plain
+from rerankkit.store import STOPPED_RL, link_tree, read_metrics, write_json, write_text
 from rerankkit.types import Reward, RunInfo, StepReport
 
 if TYPE_CHECKING:
@@ -23,6 +28,25 @@ if TYPE_CHECKING:
     from rerankkit.store import RunFolder
 
 
+@dataclass(frozen=True)
+class Reinforced:
+    """RL's policy at its end, and those that were kept on the way."""
+
+    policy: Policy
+    kept: Path | None = None
+    """A folder of `step-NNNNN` folders, each a saved policy."""
+
+    def save(self, folder: Path) -> None:
+        """The policy, and the others in `kept/`."""
+        self.policy.save(folder)
+        if self.kept is not None and self.kept.is_dir():
+            link_tree(self.kept, folder / "kept", leave_out=("*.tmp",))
+
+
+def _log(report: StepReport, info: RunInfo) -> None:
+    info.log({"step": report.step, **report.metrics, **measure(report)})
+
+
 def reinforce(
     optimizer: PolicyOptimizer,
     rewards: Sequence[tuple[float, str, RewardFn]],
@@ -31,15 +55,19 @@ def reinforce(
     lists: CandidateLists,
     policy: Policy,
     lora: Lora | None = None,
+    keep_every: int = 0,
     *,
     info: RunInfo,
-    watch: Callable[[StepReport], None] = lambda report: None,
-) -> Policy:
-    """Run the optimizer over the training lists that hold their target; every step goes to `watch`.
+    watch: Callable[[StepReport, RunInfo], None] = _log,
+) -> Reinforced:
+    """Run the optimizer over the training lists that hold their target; every step goes to `watch`, which logs it.
 
     `rewards` are (weight, name, reward); the optimizer sees their weighted sum. Every process runs the whole loop: an
-    optimizer that does not share its work does the same steps in each.
+    optimizer that does not share its work does the same steps in each. Every `keep_every` steps the policy is kept as
+    it is; the last step's is what the stage returns.
     """
+    kept = info.work / "kept" if info.work and keep_every else None
+    last = 0
     examples = lists.examples(sids.attach(dataset.items), "train", only_with_target=True)
     if not examples:
         raise RunFailed(
@@ -48,9 +76,25 @@ def reinforce(
         )
     with adapting(policy, lora, info):
         for report in optimizer.optimize(policy, examples, combine(rewards), info):
-            info.log({"step": report.step, **report.metrics})
-            watch(report)
-    return policy
+            watch(report, info)
+            last = report.step
+            if kept is not None and last % keep_every == 0:
+                _keep(policy, kept / f"step-{last:05d}")
+    if kept is not None and processes.is_main():
+        shutil.rmtree(kept / f"step-{last:05d}", ignore_errors=True)
+    return Reinforced(policy, kept)
+
+
+def _keep(policy: Policy, folder: Path) -> None:
+    from rerankkit.lm import save_snapshot
+
+    aside = folder.with_suffix(".tmp")
+    if processes.is_main():
+        for leftover in (aside, folder):  # of a run that was killed after this step, and does it again
+            shutil.rmtree(leftover, ignore_errors=True)
+    save_snapshot(policy, aside)
+    if processes.is_main():
+        aside.rename(folder)
 
 
 def save_completions(folder: Path, report: StepReport) -> None:
@@ -82,14 +126,47 @@ def save_completions(folder: Path, report: StepReport) -> None:
     aside.replace(folder / f"step-{report.step:05d}.parquet")
 
 
-def watching(reinforce: Callable[..., Policy], folder: RunFolder) -> Callable[..., Policy]:
-    """`reinforce`; the main process also saves each step's rollouts in the run folder and tells the plugins' hooks."""
+def watching(reinforce: Callable[..., Reinforced], folder: RunFolder) -> Callable[..., Reinforced]:
+    """`reinforce` under the watch: the main process logs, saves each step's rollouts and tells plugins' hooks.
 
-    def watch(report: StepReport) -> None:
-        if not processes.is_main():
-            return
+    A rule that fires is told at once; one that stops the run leaves `watch.json` and `watch.html` in the run folder.
+    """
+    settings = folder.config.watch
+    watchers: list[Watcher] = []
+
+    def look(report: StepReport, info: RunInfo) -> None:
+        if not watchers:  # what a killed run did from here on is done again, and the watch must not count it twice
+            watchers.append(Watcher.begin(settings, folder.path, report.step))
+        record = {"step": report.step, **report.metrics, **watchers[0].measure(report)}
+        info.log(record)
         save_completions(folder.path / "completions", report)
         if folder.hooks is not None:
             folder.hooks.rerankkit_step(stage="rl", report=report)
+        alarms = watchers[0].look(record)
+        for alarm in alarms:
+            folder.warn("rl", f"step {alarm.step}: {alarm.sentence} ({alarm.rule})")
+        if fatal := [alarm for alarm in alarms if alarm.action == "stop"]:
+            _stop(folder, fatal)
+
+    def watch(report: StepReport, info: RunInfo) -> None:
+        # The main process decides for all: one that stops alone would leave the others waiting.
+        processes.decide(lambda: look(report, info))
 
     return partial(reinforce, watch=watch)
+
+
+def _stop(folder: RunFolder, fatal: Sequence[Alarm]) -> None:
+    """End the run with what the watch saw, on a page and as JSON."""
+    from rerankkit.stages.render import render_watch
+
+    metrics = read_metrics(folder.path)
+    facts = plain(watch_facts(metrics, folder.config.watch))
+    data, page = (folder.path / name for name in STOPPED_RL)
+    write_json(data, facts)
+    write_text(page, render_watch(facts, metrics))
+    said = "; ".join(f"{alarm.sentence} (watch.rules.{alarm.rule})" for alarm in fatal)
+    raise RunFailed(
+        f"watch: reinforcement was stopped at step {fatal[0].step}: {said}. What led there is in {page} and "
+        f"completions/. To go on all the same, set watch.rules.{fatal[0].rule}=warn; to begin again, change the "
+        "optimizer or the reward."
+    )

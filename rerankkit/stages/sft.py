@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rerankkit.config import Lora, Sft
@@ -33,7 +34,8 @@ def fine_tune(
     """Teach the mid-trained policy to answer as the teacher did.
 
     L = -lambda_r * sum log P(reasoning tokens) - lambda_o * sum log P(ranking tokens), over answer tokens only, divided
-    by the weights' sum so that the step size does not depend on the batch.
+    by the weights' sum so that the step size does not depend on the batch. Without `config.reasoning` explanations are
+    empty, and the policy remembers it.
     """
     from rerankkit.lm import trace_sequence
 
@@ -41,11 +43,14 @@ def fine_tune(
     sequences: list[TrainSequence] = []
     for trace in traces.kept:
         example = examples[trace.example_id]
+        shown: Sequence[int] = range(len(example.candidates))
+        if config.shuffle_candidates:
+            shown = random.Random(f"{info.seed} shown {trace.example_id}").sample(shown, len(shown))
         sequences.append(
             trace_sequence(
                 policy,
-                rerank_messages(example, policy.surface, policy.style),
-                *answer_parts(trace.reasoning, trace.order, example, policy.surface),
+                rerank_messages(example.in_order(shown), policy.surface, policy.style),
+                *answer_parts(trace.reasoning if config.reasoning else "", trace.order, example, policy.surface),
                 config.reasoning_weight,
                 config.ranking_weight,
             )
@@ -60,6 +65,7 @@ def fine_tune(
         random.Random(f"{info.seed} sft {epoch}").shuffle(order)
         return [sequences[i] for i in order[place * per_step : (place + 1) * per_step]]
 
+    policy.thinks = config.reasoning
     steps = steps_per_epoch * config.epochs
     with adapting(policy, lora, info):
         train(policy, batch, steps, config, info, what="fine-tuning")

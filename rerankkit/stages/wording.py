@@ -10,10 +10,13 @@ from typing import Any
 BOUNDS = ("ceiling", "oracle")
 """Rows that nobody competes with: what the best possible ranker reaches on average, and one that knows the target."""
 LABELS = {"mid-train": "mid-training", "midtrain": "mid-training", "sft": "SFT", "rl": "RL"}
+LABELS |= {"no-reasoning": "the exported policy without reasoning"}
 
 
 def label(name: str) -> str:
     """A system's or stage's name in a sentence."""
+    if name.startswith("rl@"):
+        return f"RL at step {name.removeprefix('rl@')}"
     return LABELS.get(name, name)
 
 

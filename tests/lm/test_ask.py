@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankkit.lm import Sample
-from rerankkit.lm.ask import _boundary, as_rollout, ask, seed_of
+from rerankkit.errors import UsageError
+from rerankkit.lm import Policy, Sample
+from rerankkit.lm.ask import _boundary, as_rollout, ask, prompt_of, seed_of
 from rerankkit.text.answers import RANKING_KEY
-from rerankkit.text.prompts import PromptStyle, answer_parts
+from rerankkit.text.prompts import HEAD, PromptStyle, answer_parts
 from rerankkit.types import Item, Parse, RerankExample, RunInfo
 
 from .conftest import make_policy
@@ -57,6 +60,79 @@ def test_what_is_sampled_depends_on_seed_salt_and_id_and_not_on_neighbours() -> 
     assert asked([example("a")], salt="step 2") != alone
     assert asked([example("a")], info=RunInfo(seed=4)) != alone
     assert alone[0] != alone[1]
+
+
+def test_without_thinking_an_answer_begins_behind_an_empty_explanation() -> None:
+    quiet = ask(
+        POLICY, [example()], group_size=4, max_new_tokens=60, temperature=1.0, info=RunInfo(seed=3), think=False
+    )
+    empty = POLICY.encode(HEAD)
+    for rollout in quiet:
+        assert rollout.reasoning == "" and rollout.text.startswith(
+            '{"explanation": "", "recommendations": ["<|sid_begin|>'
+        )
+        assert rollout.num_reasoning_tokens == len(empty)
+        # all of it is forced: nothing that a policy could be praised or blamed for
+        first = next(i for i, ids in enumerate(rollout.allowed_ids) if ids is None or len(ids) > 1)
+        assert POLICY.decode(rollout.token_ids[:first]).endswith("<|sid_begin|>")
+        assert sum(rollout.logps[:first]) == 0.0
+    assert len({rollout.ranking.order for rollout in quiet}) > 1
+
+
+def test_a_policy_that_learnt_no_reasoning_gives_none_and_says_so_when_it_is_loaded(tmp_path: Path) -> None:
+    policy = make_policy(num_kv_heads=2)
+    policy.thinks = False
+    policy.save(tmp_path)
+    loaded = Policy.load(tmp_path)
+    assert loaded.thinks is False
+    asking = {"group_size": 1, "max_new_tokens": 60, "temperature": 0.0, "info": RunInfo(seed=3)}
+    assert ask(loaded, [example()], **asking)[0].reasoning == ""  # type: ignore[arg-type]
+    assert ask(loaded, [example()], think=True, **asking)[0].reasoning != ""  # type: ignore[arg-type]
+    (tmp_path / "rerankkit.json").write_text(
+        (tmp_path / "rerankkit.json").read_text().replace('"thinks": false', '"x": 1')
+    )
+    assert Policy.load(tmp_path).thinks  # as all did before there was a choice
+
+
+def test_an_empty_explanation_without_the_mask_is_refused() -> None:
+    with pytest.raises(UsageError, match="think = false needs constrain = true"):
+        asked([example()], constrain=False, think=False)
+
+
+def test_shuffled_prompts_change_what_is_read_and_not_what_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[int]] = []
+    prompt_ids = POLICY.prompt_ids
+
+    def reading(messages: Sequence[Mapping[str, object]]) -> list[int]:
+        lines = str(messages[1]["content"]).splitlines()
+        sids = {POLICY.surface.text(c.sid): i for i, c in enumerate(example().candidates)}
+        candidates = lines[lines.index("Candidates:") + 1 : -1]
+        read.append([sids[line.split(" ")[0]] for line in candidates])
+        return prompt_ids(messages)
+
+    monkeypatch.setattr(POLICY, "prompt_ids", reading)
+    plan: dict[str, Any] = {"group_size": 2, "max_new_tokens": 60, "temperature": 1.0, "shuffle": True}
+    examples = [example(name) for name in "abcdef"]
+    rollouts = ask(POLICY, examples, info=RunInfo(seed=3), salt="step 1", **plan)
+    assert [list(rollout.shown) for rollout in rollouts[::2]] == read and rollouts[0].shown == rollouts[1].shown
+    assert len({rollout.shown for rollout in rollouts}) > 2
+    for rollout in rollouts:  # the example is the one that was given, and the ranking speaks of its places
+        assert rollout.example == example(rollout.example.example_id)
+        listed = POLICY.surface.find(rollout.text)[-3:]
+        assert [rollout.example.candidates[i].sid for i in rollout.ranking.order] == listed
+        assert prompt_of(POLICY, rollout.example, rollout.shown) == prompt_of(
+            POLICY, rollout.example.in_order(rollout.shown)
+        )
+    again = ask(POLICY, examples[::-1], info=RunInfo(seed=3), salt="step 1", **plan)
+    assert {r.example.example_id: r.shown for r in again} == {r.example.example_id: r.shown for r in rollouts}
+    other = ask(POLICY, examples, info=RunInfo(seed=3), salt="step 2", **plan)
+    assert [r.shown for r in other] != [r.shown for r in rollouts]
+
+
+def test_an_example_in_another_order() -> None:
+    turned = example().in_order((1, 2, 0))
+    assert [candidate.item_id for candidate in turned.candidates] == ["i1", "i2", "i0"]
+    assert turned.relevance == (1.0, 0.0, 0.0) and turned.target_index == 0 and turned.history == example().history
 
 
 def test_greedy_answers_are_all_alike() -> None:

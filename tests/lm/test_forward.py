@@ -133,9 +133,28 @@ def test_entropies_are_those_of_the_whole_distribution(tiny) -> None:
     result = group_logps(tiny, [[5, 6]], [[[1, 2]]], temperature=0.5, entropies=True)
     logps = (tiny.model(input_ids=torch.tensor([[5, 6, 1]])).logits[0] / 0.5).log_softmax(-1)
     expected = -(logps.exp() * logps).sum(-1)[1:].detach()
-    assert result.entropies is not None and not result.entropies.requires_grad
+    assert result.entropies is not None
     assert torch.allclose(result.entropies, expected, atol=1e-4)
     assert 0 < float(expected[0]) < math.log(logps.shape[-1])
+
+
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_entropies_have_the_gradient_of_the_whole_distribution(
+    tiny, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "KEPT_LOGITS", kept)
+
+    def ours() -> Tensor:
+        result = group_logps(tiny, [[5, 6]], [[[1, 2, 3]]], temperature=0.5, entropies=True, chunk=2)
+        assert result.entropies is not None
+        return (result.entropies * torch.tensor([1.0, -2.0, 3.0])).sum() + result.logps[1]
+
+    def plainly() -> Tensor:
+        logps = (tiny.model(input_ids=torch.tensor([[5, 6, 1, 2]])).logits[0, 1:] / 0.5).log_softmax(-1)
+        return (-(logps.exp() * logps).sum(-1) * torch.tensor([1.0, -2.0, 3.0])).sum() + logps[1, 2]
+
+    expected = gradient(tiny, plainly)
+    assert torch.allclose(gradient(tiny, ours), expected, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kept", [0, 2**24])

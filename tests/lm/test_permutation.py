@@ -215,6 +215,10 @@ def test_masked_logps_and_entropies_against_the_plain_model(tiny) -> None:
             entropies.append(float(-(row.exp() * row).sum()))
     assert torch.allclose(got.logps, torch.tensor(logps), atol=1e-4)
     assert got.entropies is not None and torch.allclose(got.entropies, torch.tensor(entropies), atol=1e-3)
+    got.entropies.sum().backward()  # what is barred has a log-probability of -1e30, and must not make it NaN
+    slopes = [p.grad for p in tiny.model.parameters() if p.grad is not None]
+    tiny.model.zero_grad()
+    assert all(bool(slope.isfinite().all()) for slope in slopes) and any(bool(slope.any()) for slope in slopes)
 
 
 def test_forced_tokens_have_no_gradient(make) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,3 +49,16 @@ def test_what_to_compare_with_is_dotted_in_the_same_colour_and_widens_the_axis()
     alone = charts.line_chart({"a": [(1, 0.5), (2, 1.0)]}, "t", "y")
     ticks = [part.split("<")[0] for part in alone.split('text-anchor="middle">')[1:]]
     assert ticks == ["1", "2"]  # steps and codes are whole numbers
+
+
+def test_bars_stand_side_by_side_and_are_as_high_as_their_values() -> None:
+    figure = charts.bar_chart({"then": [0.5, 0.25], "now": [0.0, 1.0]}, "t", "share", "place")
+    bars = re.findall(r'<rect class="c(\d)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"/>', figure)
+    # plot from y = 10 to 184: 174 high; two slots of 190 from x = 48, each with two bars of .38 * 190
+    assert [(series, float(x), float(height)) for series, x, _, _, height in bars] == [
+        ("0", 70.8, 87.0),
+        ("0", 260.8, 43.5),
+        ("1", 333.0, 174.0),
+    ]
+    assert all(float(width) == 72.2 for _, _, _, width, _ in bars)
+    assert charts.bar_chart({"then": []}, "t", "share", "place") == charts.bar_chart({}, "t", "s", "p") == ""

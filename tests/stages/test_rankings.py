@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rerankkit.config import Evaluate
+from rerankkit.config import Answering
 from rerankkit.lm import Policy, score_continuations
 from rerankkit.stages import rankings
 from rerankkit.stages.rankings import Rankings, rank_users, score
@@ -15,15 +15,15 @@ from rerankkit.types import Parse, Ranking, RerankExample, RunInfo
 
 from .conftest import Shop
 
-SHORT = Evaluate(max_new_tokens=60, batch_size=7)
+SHORT = Answering(max_new_tokens=60, batch_size=7)
 
 
 def asks(shop: Shop) -> list[RerankExample]:
     return shop.lists.examples(shop.items, "test")
 
 
-def rank(shop: Shop, how: Any, config: Evaluate = SHORT) -> Rankings:
-    return rank_users(how, config, shop.dataset, shop.sids, shop.lists, shop.base, info=RunInfo(seed=1))
+def rank(shop: Shop, how: Any, config: Answering = SHORT) -> Rankings:
+    return rank_users(how, config, True, shop.dataset, shop.sids, shop.lists, shop.base, info=RunInfo(seed=1))
 
 
 def test_test_users_whose_target_is_listed_are_ranked_in_batches(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,14 +64,14 @@ def test_equal_scores_keep_the_given_order(shop: Shop, monkeypatch: pytest.Monke
 
 def test_generated_answers_are_greedy_and_do_not_depend_on_the_batch(shop: Shop) -> None:
     small = rank(shop, "generate")
-    large = rank(shop, "generate", Evaluate(max_new_tokens=60, batch_size=64))
+    large = rank(shop, "generate", Answering(max_new_tokens=60, batch_size=64))
     assert small == large == rank(shop, "generate")
     # under the mask even a policy that has learnt nothing gives complete permutations
     assert {ranking.parse for ranking in small.rankings.values()} == {Parse.OK}
 
 
 def test_free_answers_of_a_policy_that_has_learnt_nothing_are_counted_as_invalid(shop: Shop) -> None:
-    found = rank(shop, "generate", Evaluate(max_new_tokens=12, constrain=False))
+    found = rank(shop, "generate", Answering(max_new_tokens=12, constrain=False))
     assert {ranking.parse for ranking in found.rankings.values()} == {Parse.FAILED}
     assert all(ranking.identity for ranking in found.rankings.values())
 

@@ -161,6 +161,98 @@ def test_plugin_sections_are_shown_as_text() -> None:
     assert r"## Novelty \<b\>" in render_markdown(extended)
 
 
+def test_whether_reinforcement_and_thinking_helped_is_said_in_a_sentence_each() -> None:
+    examples = [example(i, 1, 8) for i in range(300)]
+    rest = (0, 2, 3, 4, 5, 6, 7)
+
+    def first_or_last(row: int) -> Ranking:  # two in three first, the others at rank 8
+        return Ranking((1, *rest) if row % 3 else (*rest, 1))
+
+    third = [Ranking((0, 2, 1, 3, 4, 5, 6, 7))] * 300
+    risky = [first_or_last(row) for row in range(300)]
+    found = summarise(
+        examples,
+        {"sft": third, "rl": risky, "no-reasoning": risky},
+        num_users=300,
+        seed=0,
+        samples=200,
+        exported="rl",
+    )
+    # R@1 0 against 2/3, R@3 and R@5 1 against 2/3; NDCG@3 .5 against .667; MRR 1/3 against .708
+    assert found["findings"][0].startswith(
+        "Reinforcement helped at R@1, NDCG@3, NDCG@5, NDCG@10, MRR and hurt at R@3, R@5: more targets come first, and "
+        "others are lost further down (RL against SFT). R@1 +66.7 ["
+    )
+    assert found["findings"][1].startswith(
+        "Thinking made no measurable difference at any depth (RL against the exported"
+    )
+    assert [row["name"] for row in found["rows"] if row["exported"]] == ["rl"]
+    pairs = {(c["a"], c["b"]) for c in found["comparisons"]}
+    assert ("rl", "no-reasoning") in pairs and ("sft", "no-reasoning") not in pairs
+
+
+def test_the_headline_is_about_the_exported_policy() -> None:
+    examples = [example(i, 1) for i in range(300)]
+    better, worse = [swapped(1, 0, 2, 3)] * 300, [swapped(2, 0, 1, 3)] * 300
+    found = summarise(examples, {"sft": better, "rl": worse}, num_users=300, seed=0, samples=50, exported="sft")
+    assert found["headline"].startswith("SFT lifts NDCG@5 over pre-rank by 36.9 points")
+    assert "Reinforcement hurt at R@1, NDCG@3" in found["findings"][0]
+    assert any(text.endswith("SFT is exported.") for text in found["warnings"])
+    kept = summarise(examples, {"sft": worse, "rl": worse, "rl@5": better}, num_users=300, seed=0, exported="rl@5")
+    assert kept["headline"].startswith("RL at step 5 lifts NDCG@5")
+    assert kept["findings"][1].startswith("Reinforcement helped at R@1, NDCG@3, NDCG@5, NDCG@10, MRR; no measurable")
+
+
+def test_lists_longer_than_ten_are_compared_at_ten() -> None:
+    examples = [example(i, 11, 12) for i in range(300)]
+    tenth = [Ranking((*range(9), 11, 9, 10))] * 300
+    found = summarise(examples, {"rl": tenth}, num_users=300, seed=0, samples=50)
+    assert any((c["metric"], c["difference"]) == ("R@10", 1.0) for c in found["comparisons"])
+    assert not any(c["metric"] == "R@10" for c in summary(rl=RL)["comparisons"])
+
+
+def test_the_page_tells_of_watch_gate_and_position_bias() -> None:
+    alarm = {
+        "rule": "copying",
+        "step": 7,
+        "action": "warn",
+        "sentence": f"the reward pays for copying {HOSTILE}",
+        "evidence": {"identity_rate": [[6, 0.1], [7, 0.6]], "reward": [[7, 0.5]]},
+    }
+    places = {"first steps": [0.25, 0.75], "last steps": [1.0, 0.0]}
+    row = {"name": "sft", "metrics": {"NDCG@5": 0.5, "R@1": 0.25, "R@5": 0.75, "MRR": 0.4}, "identity_rate": 0.125}
+    spread = {"NDCG@5": {"given": 0.5, "low": 0.4, "mean": 0.45, "high": 0.46}}
+    bias = {"same_first": 0.625, "kendall_tau": 0.33, "metrics": spread, "shown_first": [0.4, 0.6], "shuffles": 2}
+    whole = report() | {
+        "watch": {"steps": 7, "alarms": [alarm], "first_choice": places},
+        "gate": {
+            "reason": "SFT was exported, not RL",
+            "users": 150,
+            "exported": "sft",
+            "metric": "NDCG@5",
+            "rows": [row],
+        },
+        "position_bias": {"sft": bias},
+    }
+    page = Page(render_html(whole, METRICS, []))
+    assert page.open == [] and "script" not in page.tags and page.tags.count("rect") == 3  # of four bars one is 0
+    for said in (
+        "Step 7, copying",
+        "pays for copying",
+        "0.6",
+        "SFT was exported, not RL",
+        "150 validation",
+        "62%",
+        "0.33",
+    ):
+        assert said in page.text, said
+    markdown = render_markdown(whole)
+    assert "- step 7, copying: the reward pays" in markdown and "<script>" not in markdown
+    assert "| first steps | 25% | 75% |" in markdown and "| last steps | 100% | 0% |" in markdown
+    assert "| sft (exported) | 0.500 | 0.250 | 0.750 | 0.400 | 12% |" in markdown
+    assert "| sft | 62% | 0.33 | 0.500 | 0.400 to 0.460 | 40% |" in markdown
+
+
 def test_a_copied_order_and_lost_answers_are_warned_about() -> None:
     copied = many((0, 1, 2, 3))["warnings"]
     assert copied == ["RL mostly copies the given order: 100% of its rankings equal it."]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from rerankkit.config import Watch, WatchRules
 from rerankkit.data.lists import CandidateLists
 from rerankkit.errors import RunFailed
 from rerankkit.lm import Policy
 from rerankkit.stages.rl import reinforce, save_completions, watching
+from rerankkit.store import read_metrics
 from rerankkit.types import (
     Failed,
     Item,
@@ -62,7 +65,7 @@ def test_the_optimizer_gets_the_lists_that_hold_their_target_and_the_weighted_su
     recorder = Recorder()
     rewards = [(0.5, "a", fixed(1.0)), (2.0, "b", fixed(0.25))]
 
-    policy = reinforce(
+    found = reinforce(
         recorder,
         rewards,
         shop.dataset,
@@ -70,14 +73,14 @@ def test_the_optimizer_gets_the_lists_that_hold_their_target_and_the_weighted_su
         shop.lists,
         shop.base,
         info=RunInfo(log=logged.append),
-        watch=lambda report: watched.append(report.step),
+        watch=lambda report, info: watched.append(report.step),
     )
 
     num_asks = len(shop.lists.examples(shop.items, "train"))
     # 0.5 * 1 + 2 * 0.25
     assert recorder.seen == [num_asks, [Reward(1.0, {"a": 1.0, "b": 0.25})]]
-    assert policy is shop.base
-    assert logged == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.5}]
+    assert found.policy is shop.base and found.kept is None
+    assert logged == []  # that is left to the watch
     assert watched == [1, 2]
 
 
@@ -129,13 +132,49 @@ def test_a_step_without_rollouts_writes_nothing(tmp_path: Path) -> None:
 def test_plugins_watch_every_step(shop: Shop, tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
     hooks = SimpleNamespace(rerankkit_step=lambda stage, report: told.append((stage, report.step)))
-    folder: Any = SimpleNamespace(path=tmp_path, hooks=hooks)
+    logged: list[Any] = []
+    folder: Any = SimpleNamespace(
+        path=tmp_path, hooks=hooks, config=SimpleNamespace(watch=Watch(rules=WatchRules(error_budget="off")))
+    )
 
     make = watching(reinforce, folder)
-    make(Recorder(), [(1.0, "a", fixed(1))], shop.dataset, shop.sids, shop.lists, shop.base, info=RunInfo())
+    asked = [shop.dataset, shop.sids, shop.lists, shop.base]
+    make(Recorder(), [(1.0, "a", fixed(1))], *asked, info=RunInfo(log=logged.append))
 
     assert told == [("rl", 1), ("rl", 2)]
+    # what the rollouts tell stands over what the optimizer says of them: the one reward of step 1 is 1, not .5
+    assert [(r["step"], r["reward"], r["rewards/failed"]) for r in logged] == [(1, 1.0, 0.0), (2, 0.5, 1.0)]
+    assert (logged[1]["tau_to_last"], logged[1]["seen_before"]) == (1.0, 1.0)
     assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
         "step-00001.parquet",
         "step-00002.parquet",
     ]
+
+
+def test_a_rule_that_stops_ends_the_run_and_leaves_its_evidence(shop: Shop, tmp_path: Path) -> None:
+    warned: list[str] = []
+    settings = Watch(rules=WatchRules(error_budget="stop", one_place="off"), window=1)
+    folder: Any = SimpleNamespace(
+        path=tmp_path, hooks=None, config=SimpleNamespace(watch=settings), warn=lambda stage, text: warned.append(text)
+    )
+
+    def log(record: Any) -> None:
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": "rl", **record}) + "\n")
+
+    make = watching(reinforce, folder)
+    asked = [shop.dataset, shop.sids, shop.lists, shop.base]
+    with pytest.raises(RunFailed, match=r"watch: reinforcement was stopped at step 2: 100% of rollouts could not be"):
+        make(Recorder(), [(1.0, "a", fixed(1))], *asked, info=RunInfo(log=log))
+
+    assert warned[0].startswith("step 1: for 1 steps all rewards were 1 ") and warned[0].endswith("(no_signal)")
+    assert warned[1].startswith("step 2: 100% of rollouts could not be judged")
+    facts = json.loads((tmp_path / "watch.json").read_text())
+    assert [(a["rule"], a["action"], a["step"]) for a in facts["alarms"]] == [
+        ("no_signal", "warn", 1),
+        ("error_budget", "stop", 2),
+    ]
+    assert facts["alarms"][1]["evidence"] == {"rewards/failed": [[1, 0.0], [2, 1.0]]}
+    page = (tmp_path / "watch.html").read_text()
+    assert "the run was stopped" in page and "Given place of the first choice" in page and "<script" not in page
+    assert len(read_metrics(tmp_path)) == len(list((tmp_path / "completions").iterdir())) == 2

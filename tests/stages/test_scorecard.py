@@ -19,9 +19,9 @@ from rerankkit.config import Sids, make_config
 from rerankkit.errors import RunFailed, RunFolderError
 from rerankkit.math.sids import sid_scorecard
 from rerankkit.plugins import load_plugins
-from rerankkit.stages.gate import gated, missed_gate
 from rerankkit.stages.render import render_scorecard
 from rerankkit.stages.scorecard import load_scorecard, make_scorecard, scorecard_facts
+from rerankkit.stages.sid_gate import gated, missed_gate
 from rerankkit.stages.sids import SidMap
 from rerankkit.stages.wording import uniqueness
 from rerankkit.store import write_json
