@@ -139,7 +139,7 @@ def test_a_new_item_gets_a_sid_that_the_policy_can_read_and_its_text_is_shown(
 ) -> None:
     shown: list[Any] = []
 
-    def keep(policy: Any, examples: Any, *_: Any) -> list[Any]:
+    def keep(policy: Any, examples: Any, *_: Any, **__: Any) -> list[Any]:
         shown.extend(examples)
         return [(Ranking(tuple(range(len(e.candidates)))), "") for e in examples]
 
@@ -197,7 +197,7 @@ def test_sids_in_the_reasoning_are_told_apart(
     history, candidates = lines[0]["history"], lines[0]["candidates"]
     sids = [ranker.sids.surface.text(ranker.sids.sids[item_id]) for item_id in (history[-1], candidates[3])]
     said = f"after {sids[0]} comes {sids[1]}, and {sids[1]} fits {ranker.sids.surface.text((99, 99))}"
-    monkeypatch.setattr(rank_asks, "generate", lambda *_: [(Ranking(tuple(range(10))), said)])
+    monkeypatch.setattr(rank_asks, "generate", lambda *_, **__: [(Ranking(tuple(range(10))), said)])
     answer = ranker.rank(lines[:1])[0]
     assert answer.reasoning == said and answer.identity
     assert answer.cited == {sids[0]: history[-1], sids[1]: candidates[3]}
@@ -277,7 +277,7 @@ def test_any_json_is_an_ask_or_a_clear_error(value: Any) -> None:
 def test_what_does_not_fit_the_policy_is_named_before_anything_is_ranked(
     ranker: Ranker, lines: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_asks, "generate", lambda *_: pytest.fail("nothing may be ranked"))
+    monkeypatch.setattr(rank_asks, "generate", lambda *_, **__: pytest.fail("nothing may be ranked"))
     long = {"history": [], "candidates": list(ranker.sids.sids)[:40]}
     # 40 SIDs of 4 tokens, with what stands between them: far more than the run's 100
     with pytest.raises(DataError, match=r"asks\[1\]: max_new_tokens: 100 is too small; a list of 40 candidates"):
