@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-import sysconfig
+import sys
 import tempfile
 import traceback
 import zipfile
@@ -593,7 +593,7 @@ def judge(rule: Rule, trial: Any, known: Mapping[str, str] | None = None) -> Ver
     except AssertionError as fault:
         error, note = fault, str(fault)
     except Exception as raised:
-        error, note = raised, f"{trial.name}: raised {type(raised).__name__}: {raised} ({_place(raised)})"
+        error, note = raised, f"{trial.name}: raised {type(raised).__name__}: {raised} ({_place(raised, trial.part)})"
     if error is None and reason is None:
         return Verdict(rule.__name__, _says(rule), "kept")
     if error is None:
@@ -612,12 +612,12 @@ def check_known(kind: str, known: Mapping[str, str]) -> None:
             raise ValueError(f"no rule for a {kind} is named {name!r}; {did_you_mean(name, names)}")
 
 
-def _place(error: BaseException) -> str:
-    """file:line of the last frame that is not Python's own."""
-    own = sysconfig.get_path("stdlib")
+def _place(error: BaseException, part: object) -> str:
+    """file:line of the last frame in the folder of the part's own module, or of the last of all."""
+    module = sys.modules.get(str(getattr(part, "__module__", "")))
+    home = str(Path(getattr(module, "__file__", None) or "?").parent)
     frames = traceback.extract_tb(error.__traceback__)
-    strange = [f for f in frames if not f.filename.startswith(("<", own)) or "site-packages" in f.filename]
-    last = (strange or frames)[-1]
+    last = ([frame for frame in frames if str(Path(frame.filename).parent) == home] or frames)[-1]
     return f"{Path(last.filename).name}:{last.lineno}"
 
 
