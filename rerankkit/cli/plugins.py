@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -86,6 +87,31 @@ def show(
             print(f"  {setting['name']} = {setting['default']}    {setting['type']}")
             if setting["documentation"]:
                 print(f"      {setting['documentation']}")
+
+
+@app.command("new")
+def new(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="tokenizer, teacher, reward or optimizer.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What configs will call it, such as short-answers.")],
+    single: Annotated[bool, typer.Option("--file", help="Only one file, for `plugin_files` in a config.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write it into.")] = Path(),
+) -> None:
+    """Write a new plugin that works: a package with tests, or a single file. Then change it.
+
+    The package holds pyproject.toml with the entry point, the part with its settings, tests on the contract of its
+    kind, a CI file, a README and py.typed; its tests, mypy --strict and ruff pass as they are.
+    """
+    from rerankkit.testing.scaffold import block, make_file, make_plugin
+
+    if single:
+        written = make_file(kind, name, out)
+        print(f"{written}\n\n$ rerankkit plugins check {name} --file {written}\n\nand in a config:\n")
+        print(f'plugin_files = ["{written}"]\n\n{block(kind)}\nuse = "{name}"')
+        return
+    written = make_plugin(kind, name, out)
+    for file in sorted(file for file in written.rglob("*") if file.is_file()):
+        print(file)
+    print(f"\n$ pip install -e '{written}[dev]'\n$ cd {written} && pytest && mypy\n$ rerankkit plugins check {name}")
 
 
 @app.command("check")
