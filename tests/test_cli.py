@@ -50,7 +50,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 def test_help_names_every_verb_and_how_to_start(call: Call) -> None:
     code, out, err = call("--help")
     assert (code, err) == (0, "")
-    assert all(f"\n  {verb} " in out for verb in ("run", "status", "compare", "doctor", "sids", "plugins"))
+    assert all(f"\n  {verb} " in out for verb in ("run", "rank", "status", "compare", "doctor", "sids", "plugins"))
     assert "Start with: rerankkit run examples/configs/quickstart.toml" in out
 
 
