@@ -116,7 +116,7 @@ def test_trl_itself_calls_it() -> None:
     logged: dict[str, float] = {}
     stub = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu"), reward_funcs=[as_trl(ours("ndcg"), name="ndcg")],
-        reward_processing_classes=[None], reward_func_names=["ndcg"], state=None, environments=None,
+        reward_processing_classes=[None], reward_func_names=["ndcg"], state=SimpleNamespace(global_step=0), environments=None,
         _log_completion_extra=None, _log_metric=logged.__setitem__, _current_train_step_time=0.0,
         args=SimpleNamespace(report_to=[]), _metrics={"train": {}}, model=SimpleNamespace(training=True),
     )  # fmt: skip
