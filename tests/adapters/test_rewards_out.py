@@ -114,12 +114,18 @@ def test_trl_itself_calls_it() -> None:
     trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
     torch = pytest.importorskip("torch")
     logged: dict[str, float] = {}
+    pytest.importorskip("accelerate").PartialState()  # TRL's logger asks for one
     stub = SimpleNamespace(
-        accelerator=SimpleNamespace(device="cpu"), reward_funcs=[as_trl(ours("ndcg"), name="ndcg")],
-        reward_processing_classes=[None], reward_func_names=["ndcg"], state=SimpleNamespace(global_step=0), environments=None,
-        _log_completion_extra=None, _log_metric=logged.__setitem__, _current_train_step_time=0.0,
-        args=SimpleNamespace(report_to=[]), _metrics={"train": {}}, model=SimpleNamespace(training=True),
-    )  # fmt: skip
+        accelerator=SimpleNamespace(device="cpu", is_main_process=False, gather=None),
+        args=SimpleNamespace(report_to=[]),
+        state=SimpleNamespace(global_step=0),
+        environments=None,
+        reward_funcs=[as_trl(ours("ndcg"), name="ndcg")],
+        reward_func_names=["ndcg"],
+        reward_processing_classes=[None],
+        _log_completion_extra=None,
+        _log_metric=logged.__setitem__,
+    )
     rows = trl_rows(EXAMPLES)
 
     found = trainer._calculate_rewards(
