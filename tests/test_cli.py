@@ -112,7 +112,8 @@ def test_plugins_show_of_something_unknown_and_of_something_broken(call: Call, t
     assert call("plugins", "show", "ncdg2")[::2] == (
         2,
         "error: no part is named 'ncdg2'; known: cispo, dapo, dr-grpo, format, gr2, gr2-unconditional, grpo, gspo, "
-        "ndcg, rank-promotion, rejection, residual-kmeans, rqvae, targeted, trl, verifiers, verl. Did you mean 'ndcg'?\n",
+        "ndcg, rank-promotion, rejection, residual-kmeans, rqvae, targeted, trl, verifiers, verl. "
+        "Did you mean 'ndcg'?\n",
     )
     code, _, err = call("plugins", "show", "broken", "--file", "broken.py")
     assert code == 2 and err.startswith("error: plugin broken (broken.py ") and "needs a licence" in err
