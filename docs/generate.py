@@ -52,7 +52,7 @@ PART_HEADS = {
     "tokenizer": "Draws the semantic IDs.",
     "teacher": "Writes the reasoning traces.",
     "reward": "Judges rollouts. `[reward]`, or several `[[reward]]` blocks, which are added up; each also takes "
-    "`weight` (default `1.0`).",
+    "`weight` (default `1.0`) and `gate`, a [condition](rewards.md#gates) or a list of them outside of which it is 0.",
     "optimizer": "Improves the policy by reinforcement.",
 }
 
@@ -100,7 +100,7 @@ def _parts(kind: str, plugins: Plugins, defaults: RunConfig) -> Iterator[str]:
         yield _doc(part.config) + "\n"
         rows = _rows(part.config)
         like, others = shown.setdefault(tuple(rows), (part.name, rows))
-        if like == part.name:
+        if like == part.name or not rows:
             yield _table(rows)
         else:  # a relative: only what differs
             differ = {key: row for key, row in rows.items() if row != others[key]}

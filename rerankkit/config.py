@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from rerankkit.errors import ConfigError, PluginError, did_you_mean
+from rerankkit.gates import CONDITIONS, gated
 from rerankkit.part_config import PluginConfig
 from rerankkit.plugins import PartSpec, Plugins, load_plugins
 from rerankkit.types import RunInfo
@@ -366,6 +367,8 @@ class ChosenPart:
     spec: PartSpec[Any]
     config: PluginConfig
     weight: float = 1.0
+    gates: tuple[str, ...] = ()
+    """Of a reward: conditions that must all hold, or it is 0."""
 
     @classmethod
     def given(cls, kind: str, part: Any) -> ChosenPart:
@@ -385,13 +388,14 @@ class ChosenPart:
         return cls(spec, PluginConfig())
 
     def build(self, info: RunInfo) -> Any:
-        """The live part."""
-        return self.spec.build(self.config, info)
+        """The live part, behind its gates."""
+        return gated(self.spec.build(self.config, info), self.gates)
 
     def resolved(self) -> dict[str, Any]:
         """The block as config.json keeps it."""
-        weight = {"weight": self.weight} if self.spec.kind == "reward" else {}
-        return {"use": self.spec.name, **weight, **self.config.model_dump(mode="json")}
+        own: dict[str, Any] = {"weight": self.weight} if self.spec.kind == "reward" else {}
+        own |= {"gate": list(self.gates)} if self.gates else {}
+        return {"use": self.spec.name, **own, **self.config.model_dump(mode="json")}
 
     def provenance(self) -> dict[str, str]:
         """Who made it, for the manifest."""
@@ -625,7 +629,7 @@ def _choose(block: dict[str, Any], path: Sequence[str], use: Any) -> None:
     if variants:  # ours, which share keys that mean the same in all of them
         kept = set(variants[str(use)].model_fields) if str(use) in variants else set(block)
     elif path[0] in _PARTS:
-        kept = {"weight"} if path[0] == "reward" else set()
+        kept = {"weight", "gate"} if path[0] == "reward" else set()
     else:  # a key that merely has this name, or a block whose choices share all their keys
         return
     for key in block.keys() - kept:
@@ -650,6 +654,7 @@ def _part(kind: str, path: str, block: Any, plugins: Plugins, where: Where, faul
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) < math.inf:
         faults.append(f"{where.of(path + '.weight')}: {weight!r} is not a number; for example 0.5.")
         weight = 1.0
+    gates = _gates(f"{path}.gate", settings.pop("gate", ()), where, faults) if kind == "reward" else ()
     try:
         spec = plugins.part(kind, str(use), where.of(f"{path}.use"))
     except PluginError as error:
@@ -659,7 +664,22 @@ def _part(kind: str, path: str, block: Any, plugins: Plugins, where: Where, faul
         config = _validate(path, settings, spec.config, where, faults)
     except Exception as error:  # a class that pydantic cannot use, or a validator that breaks
         raise PluginError(f"plugin {spec.plugin}: the settings of {kind} {spec.name!r} are broken: {error}") from error
-    return ChosenPart(spec, config, float(weight)) if config is not None else None
+    return ChosenPart(spec, config, float(weight), gates) if config is not None else None
+
+
+def _gates(path: str, given: Any, where: Where, faults: list[str]) -> tuple[str, ...]:
+    """The conditions that a reward's block names: one, or a list."""
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, list | tuple):
+        faults.append(f'{where.of(path)}: {given!r} is not a condition; for example "valid".')
+        return ()
+    known = [name for name in names if isinstance(name, str) and name in CONDITIONS]
+    faults += [
+        f"{where.of(path)}: no condition is named {name!r}; {did_you_mean(str(name), CONDITIONS)}"
+        for name in names
+        if name not in known
+    ]
+    return tuple(dict.fromkeys(known))
 
 
 B = TypeVar("B", bound=Block)
@@ -676,7 +696,7 @@ def _validate(path: str, block: Any, model: type[B], where: Where, faults: list[
             key = ".".join([path, *_typed(fault["loc"], block)])
             known = _known_keys(model, fault["loc"][:-1])
             at_part = path.split("[")[0] in _PARTS and len(fault["loc"]) == 1
-            extra = {"use", *(["weight"] if path.startswith("reward") else [])} if at_part else set()
+            extra = {"use", *(["weight", "gate"] if path.startswith("reward") else [])} if at_part else set()
             faults.append(_fault(fault["type"], key, fault, known | extra, where))
         return None
 

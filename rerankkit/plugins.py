@@ -115,7 +115,7 @@ def _check_settings(kind: str, name: str, config: Any) -> None:
 
     if not (isinstance(config, type) and issubclass(config, PluginConfig)):
         raise PluginError(f"{kind} {name!r}: its settings must be a subclass of PluginConfig, not {config!r}.")
-    reserved = {"use", "weight"} if kind == "reward" else {"use"}
+    reserved = {"use", "weight", "gate"} if kind == "reward" else {"use"}
     if taken := sorted(reserved & config.model_fields.keys()):
         raise PluginError(f"{kind} {name!r}: a block keeps {taken[0]!r} for itself; rename that setting.")
 

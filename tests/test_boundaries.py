@@ -23,6 +23,7 @@ LAYERS = {
     "part_config": 1,
     "processes": 1,
     "plugins": 2,
+    "gates": 2,
     "config": 3,
     "data": 3,
     "lm": 3,

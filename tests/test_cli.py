@@ -92,7 +92,9 @@ def test_plugins_list_with_a_broken_plugin(call: Call, tmp_path: Path) -> None:
 
     assert code == 0 and "broken: ImportError: needs a licence (" in out and "rqvae" in out
     assert [(p["name"], p["error"][:11]) for p in listed["plugins"]] == [
-        ("adapters", ""), ("gr2", ""), ("broken", "ImportError"),
+        ("adapters", ""),
+        ("gr2", ""),
+        ("broken", "ImportError"),
     ]
 
 

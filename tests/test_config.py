@@ -60,6 +60,10 @@ def faults(path: Path, text: str, *overrides: str) -> list[str]:
         ("[[reward]]\nuse = 'ndgc'\n", "2: reward[0].use: no reward is named 'ndgc'; |mean 'ndcg'?"),
         ("reward = [{ use = 'gr2', wieght = 2 }]\n", "1: reward[0].wieght: no such key; |mean 'weight'?"),
         ("[[reward]]\nweight = inf\n", "2: reward[0].weight: inf is not a number"),
+        ("[[reward]]\ngate = 'earnd'\n", "2: reward[0].gate: no condition is named 'earnd'; |Did you mean 'earned'?"),
+        ("[[reward]]\ngate = ['valid', 'x']\n", "2: reward[0].gate: no condition is named 'x'; known: earned,"),
+        ("[[reward]]\ngate = 3\n", "2: reward[0].gate: 3 is not a condition"),
+        ("[[reward]]\ngat = 'valid'\n", "2: reward[0].gat: no such key; |Did you mean 'gate'?"),
         ("[[reward]]\nuse='gr2'\n[[reward]]\nuse='gr2'\n", "2: reward[0].use: 'gr2' is chosen twice"),
         ("reward = []\n", "1: reward: an empty list"),
         ("reward = [3]\n", "1: reward[0]: 3 is not a block"),
@@ -187,7 +191,7 @@ def test_what_was_resolved_is_accepted_back_and_means_the_same() -> None:
         "policy": {"use": "pretrained", "model": "m"},
         "candidates": {"use": "popularity", "max_test": 5},
         "teacher": {"use": "targeted", "backend": {"use": "openai", "model": "m"}},
-        "reward": [{"use": "gr2", "weight": 0.5}, {"use": "ndcg", "k": 3}],
+        "reward": [{"use": "gr2", "weight": 0.5}, {"use": "ndcg", "k": 3, "gate": "valid"}],
         "optimizer": {"use": "gspo", "steps": 3},
     }
     first = make_config(raw, PLUGINS)
@@ -198,7 +202,7 @@ def test_what_was_resolved_is_accepted_back_and_means_the_same() -> None:
     assert again == first and again.resolved() == first.resolved()
     assert stored["reward"] == [
         {"use": "gr2", "weight": 0.5, "format_weight": 0.2, "unparsable": -1.0},
-        {"use": "ndcg", "weight": 1.0, "k": 3},
+        {"use": "ndcg", "weight": 1.0, "gate": ["valid"], "k": 3},
     ]
     assert stored["teacher"]["backend"]["api_key_env"] == "OPENAI_API_KEY"
     assert isinstance(again.policy, c.PretrainedPolicy) and again.policy.model == "m"

@@ -184,7 +184,7 @@ def test_a_config_that_names_a_part_of_a_broken_plugin_says_so(install: Install)
         make_config({"reward": [{"use": "gr2"}, {"use": "brevity"}]}, load_plugins())
 
     message = str(caught.value)
-    assert message.startswith("config: reward[1].use: no reward is named 'brevity'; known: format, gr2,")
+    assert message.startswith("config: reward[1].use: no reward is named 'brevity'; known: auc, citations,")
     assert "plugin my-rewards (my-rewards) is not in order: ModuleNotFoundError" in message
 
 

@@ -72,6 +72,48 @@ def ndcg(config: s.NdcgConfig, info: RunInfo) -> RewardFn:
     return Ndcg(config.k)
 
 
+def reciprocal_rank(config: s.ReciprocalRankConfig, info: RunInfo) -> RewardFn:
+    """`reciprocal-rank`"""
+    from rerankkit_gr2.rewards import ReciprocalRank
+
+    return ReciprocalRank()
+
+
+def auc(config: s.AucConfig, info: RunInfo) -> RewardFn:
+    """`auc`"""
+    from rerankkit_gr2.rewards import Auc
+
+    return Auc()
+
+
+def exact_first(config: s.ExactFirstConfig, info: RunInfo) -> RewardFn:
+    """`exact-first`"""
+    from rerankkit_gr2.rewards import ExactFirst
+
+    return ExactFirst()
+
+
+def target_logp(config: s.TargetLogpConfig, info: RunInfo) -> RewardFn:
+    """`target-logp`"""
+    from rerankkit_gr2.rewards import TargetLogp
+
+    return TargetLogp(config.floor)
+
+
+def reasoning_length(config: s.ReasoningLengthConfig, info: RunInfo) -> RewardFn:
+    """`reasoning-length`"""
+    from rerankkit_gr2.rewards import ReasoningLength
+
+    return ReasoningLength(config.low, config.high)
+
+
+def citations(config: s.CitationsConfig, info: RunInfo) -> RewardFn:
+    """`citations`"""
+    from rerankkit_gr2.rewards import Citations
+
+    return Citations(info.surface, config.uncited)
+
+
 def dapo(config: s.DapoConfig, info: RunInfo) -> PolicyOptimizer:
     """`dapo`"""
     return _group_optimizer(config)

@@ -174,10 +174,54 @@ class FormatConfig(PluginConfig):
 
 
 class NdcgConfig(PluginConfig):
-    """NDCG@k of the answered order."""
+    """NDCG@k of the answered order, gain 2^relevance - 1 (as in the GR2 Technical Report)."""
 
     k: PositiveInt = 10
     """Depth."""
+
+
+class ReciprocalRankConfig(PluginConfig):
+    """1 / place of the first relevant candidate; 0 for an answer that cannot be read."""
+
+
+class AucConfig(PluginConfig):
+    """Share of pairs of unlike relevance in the right order (GR2 Technical Report); 0 if it cannot be read."""
+
+
+class ExactFirstConfig(PluginConfig):
+    """1 if the target is put first, else 0."""
+
+
+class TargetLogpConfig(PluginConfig):
+    """log P(target first), told from the sampler's own choices: dense and free, a control for the other rewards.
+
+    Applies to answers that were sampled under the permutation mask (`optimizer.constrain`).
+    """
+
+    floor: float = Field(default=-20.0, lt=0)
+    """Least value: a policy that is sure of something else would get minus infinity."""
+
+
+class ReasoningLengthConfig(PluginConfig):
+    """1 for a reasoning whose length lies in a band; falls to 0 at none and at twice the upper end."""
+
+    low: PositiveInt = 20
+    """Lower end of the band, in tokens."""
+    high: PositiveInt = 200
+    """Upper end of the band, in tokens."""
+
+    @model_validator(mode="after")
+    def _band(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low} and high {self.high}: the band is empty")
+        return self
+
+
+class CitationsConfig(PluginConfig):
+    """Share of the SIDs cited in the reasoning that are items of the ask, history or candidates."""
+
+    uncited: float | None = None
+    """Value of a reasoning that cites none; left out, the reward does not apply to it."""
 
 
 class GroupConfig(PluginConfig):

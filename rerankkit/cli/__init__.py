@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rerankkit import processes
-from rerankkit.cli import compare, doctor, plugins, rank, run, sids, status
+from rerankkit.cli import compare, doctor, plugins, rank, rewards, run, sids, status
 from rerankkit.errors import RerankkitError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("compare")(compare.compare)
 app.command("doctor")(doctor.doctor)
 app.add_typer(sids.app, name="sids")
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(rewards.app, name="rewards")
 
 
 @app.callback(invoke_without_command=True)

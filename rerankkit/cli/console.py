@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from rerankkit.stages.audit import Audit, Mean
+
 STYLES: Mapping[str, str] = {"done": "green", "failed": "bold red"}
 """How the states of a stage are shown; the others (started, continued, skipped) are dim."""
 TABLE_METRICS = ("R@1", "R@3", "R@5", "NDCG@5", "NDCG@10", "MRR")
@@ -120,6 +122,46 @@ def print_table(report: Mapping[str, Any]) -> None:
         console.print(Text(text))
     for text in report["warnings"]:
         console.print(Text("warning: ", "yellow") + Text(text))
+
+
+def print_audit(found: Audit, rewards: str, asks: str) -> None:
+    """What the audit of a reward found, on stdout: honest policies, exploits, and what it comes to."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _stdout()
+
+    def columns(*heads: str) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for head in heads:
+            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+        return table
+
+    def told(mean: Mean) -> tuple[str, str]:
+        return (f"{mean.value:.3f}", f"{mean.error:.3f}") if mean.count else ("n/a", "")
+
+    console.print(Text(f"{rewards}: {'passed' if found.passed else 'does not pass'}", "bold"))
+    console.print(
+        Text(
+            f"{asks}; the given order's NDCG@5 is {found.given_ndcg:.3f}, {found.first:.0%} have the target first",
+            "dim",
+        )
+    )
+    console.print()
+    honest = columns("honest answers", "NDCG@5", "reward", "se", "advantage of copying", "se")
+    for level in found.levels:
+        honest.add_row(level.name, f"{level.ndcg:.3f}", *told(level.reward), *told(level.copying))
+    console.print(honest)
+    console.print()
+    exploits = columns("exploit", "reward", "gain", "se", "advantage", "se", "first", "elsewhere", "")
+    for one in found.findings:
+        where = (told(one.gain_first)[0], told(one.gain_elsewhere)[0])
+        verdict = Text("pays" if one.pays else "", "bold red")
+        exploits.add_row(one.name, told(one.reward)[0], *told(one.gain), *told(one.advantage), *where, verdict)
+    console.print(exploits)
+    console.print()
+    for sentence in found.sentences():
+        console.print(Text(sentence))
 
 
 def print_comparison(comparison: Mapping[str, Any], a: str = "a", b: str = "b") -> None:

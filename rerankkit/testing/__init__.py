@@ -7,14 +7,14 @@
 
 A check returns nothing, or raises AssertionError with a message that names the fault. `RewardContract` and its sisters
 are the same rules as pytest classes, a test a rule. Either says that the contract is kept on made records, not that
-the part is any good. `rerankkit.testing.strategies` has hypothesis strategies.
+the part is any good. `rerankkit.testing.zoo` has policies that cheat, and
+`audit_reward` plays them; `rerankkit.testing.strategies` has hypothesis strategies.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rerankkit.testing.checks import check_reward
 from rerankkit.testing.records import (
     make_catalog,
     make_example,
@@ -23,7 +23,8 @@ from rerankkit.testing.records import (
     make_rollout,
     make_world,
 )
-from rerankkit.testing.rules import CONTRACT_VERSION, check_optimizer, check_teacher, check_tokenizer
+from rerankkit.testing.rules import CONTRACT_VERSION, check_optimizer, check_reward, check_teacher, check_tokenizer
+from rerankkit.testing.zoo import audit_reward
 
 if TYPE_CHECKING:
     from rerankkit.testing.contracts import OptimizerContract, RewardContract, TeacherContract, TokenizerContract
@@ -34,6 +35,7 @@ __all__ = [
     "RewardContract",
     "TeacherContract",
     "TokenizerContract",
+    "audit_reward",
     "check_optimizer",
     "check_reward",
     "check_teacher",

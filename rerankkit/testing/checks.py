@@ -1,4 +1,4 @@
-"""The contract of a reward, tried on made records."""
+"""What the contract of a reward is tried on: made answers of every kind, and how outcomes are compared."""
 
 from __future__ import annotations
 
@@ -6,58 +6,49 @@ import copy
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import TypeAlias
 
 from rerankkit.protocols import RewardFn
 from rerankkit.testing.records import make_example, make_rollout
+from rerankkit.testing.zoo import Honest, exploits
 from rerankkit.types import Failed, NotApplicable, Outcome, RerankExample, Reward, Rollout
 
-
-def check_reward(reward: RewardFn, *, judges_order: bool = True, rollouts: Sequence[Rollout] | None = None) -> None:
-    """One typed, finite outcome a row; the same again and in any row order; input left alone.
-
-    With `judges_order` also: an answer that puts the target first gets more than the probes that do not (the order as
-    given, the reverse) and than an answer that cannot be read. `rollouts` are tried in place of the made ones.
-    """
-    name, rows = _name(reward), list(_made_rollouts() if rollouts is None else rollouts)
-    outcomes = _judged(name, reward, rows)
-    _require(
-        _equal(outcomes, _judged(name, reward, rows)),
-        f"{name}: a second call on the same rollouts gave other outcomes; a reward is a pure function of the records",
-    )
-    shuffled = random.Random(0).sample(range(len(rows)), len(rows))
-    again = _judged(name, reward, [rows[i] for i in shuffled])
-    _require(
-        _equal([outcomes[i] for i in shuffled], again),
-        f"{name}: the outcomes depend on row order; judge each rollout by its own record and group",
-    )
-    if judges_order:
-        for example in _examples_with_target():
-            _check_gold(name, reward, example)
+Row: TypeAlias = tuple[str, Rollout]
+"""A rollout and what it is, for messages."""
 
 
-def _made_rollouts() -> list[Rollout]:
-    rows = []
-    for group, example in enumerate([*_examples_with_target(), make_example(None)]):
-        rows += [make_rollout(example, order, group=group) for order in _orders(example).values()]
-        rows.append(make_rollout(example, text="I cannot say.", group=group))
+def _made_rollouts() -> list[Row]:
+    examples = [*_examples_with_target(), make_example(None), make_example(1, num_candidates=2, num_history=0)]
+    cheats = exploits(examples)
+    rows: list[Row] = []
+    for group, example in enumerate(examples):
+        for what, order in _orders(example).items():
+            rows.append((what, make_rollout(example, order, group=group)))
         # half a list: read, but repaired
+        half = make_rollout(example).text[:-60] + '"]}'
+        rows.append(("half a list", make_rollout(example, text=half, num_tokens=400, group=group, truncated=True)))
+        bare = replace(make_rollout(example, group=group), token_ids=(), logps=(), num_reasoning_tokens=0)
+        rows.append(("an answer without its tokens", bare))
         rows.append(
-            make_rollout(
-                example, text=make_rollout(example).text[:-200] + '"]}', num_tokens=400, group=group, truncated=True
-            )
+            ("an answer out of a beam", replace(make_rollout(example, group=group), origin="beam", beam_rank=1))
         )
+        honest = Honest(skill=1.0).play(example, random.Random(group), group)
+        rows.append(("an honest answer", honest))
+        rows += [(f"an answer that {c.about}", c.play(honest, random.Random(group))) for c in cheats]
     return rows
 
 
 def _examples_with_target() -> list[RerankExample]:
-    return [make_example(target) for target in (0, 3, 9)]
+    graded = make_example(relevance=(0, 1, 0, 3, 2, 0), example_id="graded/3")
+    return [*(make_example(target) for target in (0, 3, 9)), graded]
 
 
 def _orders(example: RerankExample) -> dict[str, tuple[int, ...]]:
-    """What an answer may look like: the target first and the rest as given; and orders that nobody thought about."""
+    """What an answer may look like: the best order, the rest as given; and orders that nobody thought about."""
     given = tuple(range(len(example.candidates)))
-    target = example.target_index
-    gold = given if target is None else (target, *(i for i in given if i != target))
+    gold = tuple(sorted(given, key=lambda place: -example.relevance[place]))
     return {"gold": gold, "the order as given": given, "the reversed order": given[::-1]}
 
 
@@ -67,23 +58,33 @@ def _check_gold(name: str, reward: RewardFn, example: RerankExample) -> None:
         **{what: make_rollout(example, order) for what, order in orders.items() if order[0] != orders["gold"][0]},
         "an answer that cannot be read": make_rollout(example, text="I cannot say."),
     }
-    gold, *others = _judged(name, reward, [make_rollout(example, orders["gold"]), *probes.values()])
+    rows = [("the best answer", make_rollout(example, orders["gold"])), *probes.items()]
+    gold, *others = _judged(name, reward, rows)
     where = f"when the target is given in place {example.target_index}"
     if not isinstance(gold, Reward):
         raise AssertionError(f"{name}: the best answer was not rewarded {where}: {gold}")
-    for what, outcome in zip(probes, others, strict=True):
-        if isinstance(outcome, Reward):
-            _require(
-                gold.value > outcome.value,
-                f"{name}: {what} gets {outcome.value:g}, the best answer {gold.value:g} {where}; it must get more "
-                "(or pass judges_order=False for a reward that does not judge the order)",
-            )
+    known = {what: outcome.value for what, outcome in zip(probes, others, strict=True) if isinstance(outcome, Reward)}
+    flipped = len(known) > 1 and all(gold.value < value for value in known.values())
+    hint = ": the sign looks flipped" if flipped else ""
+    for what, value in known.items():
+        _require(
+            gold.value > value,
+            f"{name}: {what} gets {value:g}, the best answer {gold.value:g} {where}{hint}; it must get more "
+            "(or pass judges_order=False for a reward that does not judge the order)",
+        )
 
 
-def _judged(name: str, reward: RewardFn, rollouts: list[Rollout]) -> list[Outcome]:
+def _judged(name: str, reward: RewardFn, rows: Sequence[Row]) -> list[Outcome]:
     """The outcomes, each of the right kind and finite; the rollouts must be as they were."""
+    rollouts = [row for _, row in rows]
     before, given = copy.deepcopy(rollouts), list(rollouts)
-    outcomes = list(reward(given))
+    try:
+        outcomes = list(reward(given))
+    except Exception as error:
+        raise AssertionError(
+            f"{name}: raised {type(error).__name__}: {error}{_raised_for(reward, rows)}; say Failed(reason) for what "
+            "cannot be judged"
+        ) from error
     _require(
         len(given) == len(rollouts) and all(a is b for a, b in zip(given, rollouts, strict=True)) and given == before,
         f"{name}: changed the rollouts it was given",
@@ -92,20 +93,44 @@ def _judged(name: str, reward: RewardFn, rollouts: list[Rollout]) -> list[Outcom
         len(outcomes) == len(rollouts),
         f"{name}: {len(outcomes)} outcomes for {len(rollouts)} rollouts; give one for each, in order",
     )
-    for outcome in outcomes:
+    for (what, _), outcome in zip(rows, outcomes, strict=True):
         _require(
             isinstance(outcome, Reward | NotApplicable | Failed),
             f"{name}: returned {outcome!r}; an outcome is Reward, NotApplicable or Failed",
         )
         if isinstance(outcome, Reward):
             numbers = {"value": outcome.value, **outcome.parts}
-            bad = {part: value for part, value in numbers.items() if not math.isfinite(value)}
-            _require(not bad, f"{name}: {bad} is not finite; say Failed(reason) where there is nothing to judge by")
+            bad = {part: value for part, value in numbers.items() if not _finite(value)}
+            _require(
+                not bad,
+                f"{name}: {bad} is not finite for {what}; say Failed(reason) where there is nothing to judge by",
+            )
+        else:
+            _require(bool(outcome.reason), f"{name}: {type(outcome).__name__} without a reason for {what}")
     return outcomes
 
 
-def _equal(these: Sequence[Outcome], those: Sequence[Outcome]) -> bool:
-    return all(map(_same, these, those))
+def _raised_for(reward: RewardFn, rows: Sequence[Row]) -> str:
+    """Of which answer it was, where one alone brings it about."""
+    for what, row in rows:
+        try:
+            list(reward([row]))
+        except Exception:
+            return f" for {what}"
+    return ""
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _same_again(rows: Sequence[Row], these: Sequence[Outcome], those: Sequence[Outcome], fault: str) -> None:
+    for (what, _), this, that in zip(rows, these, those, strict=True):
+        _require(_same(this, that), f"{fault}. For {what}: {_short(this)}, then {_short(that)}")
+
+
+def _short(outcome: Outcome) -> str:
+    return f"{outcome.value:g}" if isinstance(outcome, Reward) else str(outcome)
 
 
 def _same(a: Outcome, b: Outcome) -> bool:

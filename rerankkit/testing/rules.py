@@ -25,12 +25,12 @@ from rerankkit.errors import did_you_mean
 from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
 from rerankkit.testing.checks import (
     _check_gold,
-    _equal,
     _examples_with_target,
     _judged,
     _made_rollouts,
     _name,
     _require,
+    _same_again,
 )
 from rerankkit.testing.records import make_catalog, make_example, make_policy
 from rerankkit.types import Catalog, Outcome, RerankExample, Reward, Rollout, RunInfo, Trace, TraceFailure
@@ -51,44 +51,57 @@ class NotTried(Exception):  # noqa: N818 (nothing went wrong)
 
 
 class RewardTrial:
-    """A reward, and made rollouts (or yours) to try it on."""
+    """A reward, and made rollouts (or yours) to try it on.
 
-    def __init__(self, part: RewardFn, *, rollouts: Sequence[Rollout] | None = None) -> None:
-        self.part, self.name = part, _name(part)
-        self.rows = list(_made_rollouts() if rollouts is None else rollouts)
+    The made ones are the answers of `rerankkit.testing.zoo` to asks with a target in front, in the middle and at the
+    end, with graded relevance, with two candidates and with no target.
+    """
+
+    def __init__(self, part: RewardFn, *, rollouts: Sequence[Rollout] | None = None, judges_order: bool = True) -> None:
+        self.part, self.name, self.judges_order = part, _name(part), judges_order
+        made = _made_rollouts() if rollouts is None else [(f"rollout {i}", row) for i, row in enumerate(rollouts)]
+        self.rows = made
+        """What each is, for messages, and the rollout."""
 
     @cached_property
     def outcomes(self) -> list[Outcome]:
         """Of the rows as they stand; each is typed and finite."""
         return _judged(self.name, self.part, self.rows)
 
+    def again(self, places: Sequence[int], fault: str) -> None:
+        """Judge only the rows at `places`, in that order: the outcomes must be those that they had."""
+        rows, had = [self.rows[i] for i in places], [self.outcomes[i] for i in places]
+        _same_again(rows, had, _judged(self.name, self.part, rows), f"{self.name}: {fault}")
+
 
 def typed_outcomes(trial: RewardTrial) -> None:
-    """One typed, finite outcome a rollout, in order; the rollouts are left as they were."""
+    """One typed, finite outcome a rollout, in order, whatever the answer; the rollouts are left as they were."""
     assert len(trial.outcomes) == len(trial.rows)
 
 
 def same_again(trial: RewardTrial) -> None:
     """The same rollouts get the same outcomes a second time."""
-    _require(
-        _equal(trial.outcomes, _judged(trial.name, trial.part, trial.rows)),
-        f"{trial.name}: a second call on the same rollouts gave other outcomes; a reward is a pure function of the "
-        "records",
-    )
+    fault = "a second call on the same rollouts gave other outcomes; a reward is a pure function of the records"
+    trial.again(range(len(trial.rows)), fault)
 
 
 def order_independent(trial: RewardTrial) -> None:
     """The outcomes do not depend on the order of the rows."""
     shuffled = random.Random(0).sample(range(len(trial.rows)), len(trial.rows))
-    again = _judged(trial.name, trial.part, [trial.rows[i] for i in shuffled])
-    _require(
-        _equal([trial.outcomes[i] for i in shuffled], again),
-        f"{trial.name}: the outcomes depend on row order; judge each rollout by its own record and group",
-    )
+    trial.again(shuffled, "the outcomes depend on row order; judge each rollout by its own record and group")
+
+
+def own_group(trial: RewardTrial) -> None:
+    """The outcomes of a group do not depend on which other groups are judged with it."""
+    for group in sorted({row.group for _, row in trial.rows}):
+        own = [i for i, (_, row) in enumerate(trial.rows) if row.group == group]
+        trial.again(own, "the outcomes of a group depend on what other groups are judged with it")
 
 
 def prefers_the_best(trial: RewardTrial) -> None:
-    """The target first gets more than the order as given, the reverse, and an answer that cannot be read."""
+    """The best order gets more than the order as given, its reverse, and an answer that cannot be read."""
+    if not trial.judges_order:
+        raise NotTried("it says that it does not judge the order")
     for example in _examples_with_target():
         _check_gold(trial.name, trial.part, example)
 
@@ -549,7 +562,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         told_in_words,
         asked_alone,
     ),
-    "reward": (typed_outcomes, same_again, order_independent, prefers_the_best),
+    "reward": (typed_outcomes, same_again, order_independent, own_group, prefers_the_best),
     "optimizer": (
         steps_count_up,
         aligned_reports,
@@ -592,6 +605,8 @@ def judge(rule: Rule, trial: Any, known: Mapping[str, str] | None = None) -> Ver
         return Verdict(rule.__name__, _says(rule), "not tried", str(nothing))
     except AssertionError as fault:
         error, note = fault, str(fault)
+        if fault.__cause__ is not None:
+            note += f" ({_place(fault.__cause__, trial.part)})"
     except Exception as raised:
         error, note = raised, f"{trial.name}: raised {type(raised).__name__}: {raised} ({_place(raised, trial.part)})"
     if error is None and reason is None:
@@ -631,6 +646,16 @@ def _keep(kind: str, trial: Any) -> None:
         verdict = judge(rule, trial)
         if verdict.state == "broken":
             raise AssertionError(verdict.note) from verdict.error
+
+
+def check_reward(reward: RewardFn, *, judges_order: bool = True, rollouts: Sequence[Rollout] | None = None) -> None:
+    """One typed, finite outcome a row, whatever the answer; the same again, in any row order, in any company; input
+    left alone.
+
+    With `judges_order` also: the best order gets more than the order as given, its reverse, and an answer that cannot
+    be read. `rollouts` are tried in place of the made ones; RewardTrial says which these are.
+    """
+    _keep("reward", RewardTrial(reward, rollouts=rollouts, judges_order=judges_order))
 
 
 def check_tokenizer(tokenizer: Tokenizer, catalog: Catalog | None = None, *, places_new_items: bool = True) -> None:

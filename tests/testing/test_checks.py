@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rerankkit.gates import CONDITIONS, gated
+from rerankkit.plugins import load_plugins
 from rerankkit.protocols import RewardFn
+from rerankkit.stages.rewards import combine
 from rerankkit.testing import check_reward, check_teacher, check_tokenizer, make_rollout
-from rerankkit.types import Catalog, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, Trace, TraceFailure
+from rerankkit.types import (
+    Catalog,
+    Failed,
+    NotApplicable,
+    Outcome,
+    Parse,
+    RerankExample,
+    Reward,
+    Rollout,
+    RunInfo,
+    Trace,
+    TraceFailure,
+)
 
 
 def places(rollouts: Sequence[Rollout]) -> list[Outcome]:
@@ -33,18 +49,27 @@ def _place(rollout: Rollout) -> float:
 # rewards
 
 
-@pytest.mark.parametrize("name", ["gr2", "gr2-unconditional", "rank-promotion", "ndcg"])
-def test_rewards_that_judge_order_pass(name: str) -> None:
-    check_reward(built("reward", name))
+ORDER_BLIND = {"format", "reasoning-length", "citations", "target-logp"}
 
 
-def test_a_reward_that_does_not_judge_order_passes_when_it_says_so() -> None:
-    check_reward(built("reward", "format"), judges_order=False)
+@pytest.mark.parametrize("name", load_plugins(only="gr2").register.rewards.parts)
+def test_every_reward_that_ships_passes(name: str) -> None:
+    check_reward(built("reward", name), judges_order=name not in ORDER_BLIND)
+
+
+@pytest.mark.parametrize("gate", CONDITIONS)
+def test_rewards_behind_gates_pass(gate: str) -> None:
+    # behind these two even the best answer gets 0 where the given order is the best
+    blind = gate in ("not-identity", "promoted")
+    check_reward(gated(built("reward", "ndcg"), [gate]), judges_order=not blind)
+
+
+def test_the_sum_of_rewards_passes() -> None:
+    parts = [(weight, name, built("reward", name)) for weight, name in ((1.0, "gr2"), (0.1, "citations"))]
+    check_reward(combine(parts))
 
 
 def built(kind: str, name: str) -> RewardFn:
-    from rerankkit import RunInfo, load_plugins
-
     spec = load_plugins().part(kind, name, "here")
     part: RewardFn = spec.build(spec.config(), RunInfo())
     return part
@@ -99,10 +124,84 @@ class Moody:
         return [Reward(_place(rollout) + self.calls) for rollout in rollouts]
 
 
+def flipped(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(-_place(rollout)) for rollout in rollouts]
+
+
+DICE = random.Random(0)
+
+
+def dicing_for_invalid(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(_place(r) if r.ranking.parse is Parse.OK else DICE.random()) for r in rollouts]
+
+
+def by_row_for_invalid(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(_place(r) if r.ranking.parse is Parse.OK else -row) for row, r in enumerate(rollouts)]
+
+
+def raising_for_strangers(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    for rollout in rollouts:
+        if "strangers" in rollout.ranking.problem:
+            raise KeyError("price of a stranger")
+    return places(rollouts)
+
+
+def needing_a_target(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(-r.ranking.order.index(r.example.relevance.index(max(1.0, *r.example.relevance)))) for r in rollouts]
+
+
+def per_token(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(_place(rollout) / len(rollout.token_ids)) for rollout in rollouts]
+
+
+def best_of_the_batch(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    best = max(len(rollout.text) for rollout in rollouts)
+    return [Reward(_place(rollout) - len(rollout.text) / best / 1000) for rollout in rollouts]
+
+
+def none_as_value(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Reward(None if r.ranking.parse is Parse.FAILED else _place(r)) for r in rollouts]  # type: ignore[arg-type]
+
+
+def speechless(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [Failed("") if r.ranking.parse is Parse.FAILED else Reward(_place(r)) for r in rollouts]
+
+
+def never_applying(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return [NotApplicable("not today")] * len(rollouts)
+
+
+def in_reverse(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    return places(rollouts)[::-1]
+
+
+def hit_in_five(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    """Too coarse: a target in place 4 as given is as good as in front."""
+    return [Reward(float(_place(r) > -0.5 and r.ranking.parse is not Parse.FAILED)) for r in rollouts]
+
+
 @pytest.mark.parametrize(
     ("broken", "fault"),
     [
-        (too_few, "too_few: 19 outcomes for 20 rollouts"),
+        (too_few, r"too_few: (\d+) outcomes for \d+ rollouts; give one for each, in order"),
+        (flipped, "flipped: the reversed order gets 0.9, the best answer -?0 .* place 0: the sign looks flipped"),
+        (dicing_for_invalid, "dicing_for_invalid: a second call .* other outcomes.* For half a list: "),
+        (by_row_for_invalid, "by_row_for_invalid: the outcomes depend on row order.* For an answer that "),
+        (
+            raising_for_strangers,
+            "raising_for_strangers: raised KeyError: 'price of a stranger' for an answer that lists strangers .*Failed",
+        ),
+        (needing_a_target, "needing_a_target: raised ValueError: .*; say Failed"),
+        (per_token, "per_token: raised ZeroDivisionError: .* for an answer without its tokens"),
+        (best_of_the_batch, "best_of_the_batch: the outcomes of a group depend on what other groups are judged"),
+        (none_as_value, "none_as_value: {'value': None} is not finite for an answer that says that it cannot tell"),
+        (speechless, "speechless: Failed without a reason for an answer that"),
+        (never_applying, "never_applying: the best answer was not rewarded .*: NotApplicable"),
+        (in_reverse, "in_reverse: the outcomes depend on row order"),
+        (
+            hit_in_five,
+            "hit_in_five: the order as given gets 1, the best answer 1 when the target is given in place 3",
+        ),
         (not_finite, "not_finite: .*nan.* is not finite"),
         (bad_part, "bad_part: .*'share': inf.* is not finite"),
         (bare_numbers, "bare_numbers: returned .*an outcome is Reward, NotApplicable or Failed"),

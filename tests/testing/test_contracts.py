@@ -59,7 +59,7 @@ def outcomes(pytester: pytest.Pytester, body: str) -> pytest.RunResult:
 def test_every_rule_is_a_test_and_a_broken_one_is_named(pytester: pytest.Pytester) -> None:
     found = outcomes(pytester, "class TestMine(RewardContract):\n    part = by_row\n")
 
-    found.assert_outcomes(passed=3, failed=1)
+    found.assert_outcomes(passed=3, failed=2)
     found.stdout.fnmatch_lines(
         ["*AssertionError: by_row: the outcomes depend on row order*", "FAILED*test_contract?order_independent?*"]
     )
@@ -67,12 +67,13 @@ def test_every_rule_is_a_test_and_a_broken_one_is_named(pytester: pytest.Pyteste
 
 def test_a_declared_failure_is_expected_and_fails_once_it_holds(pytester: pytest.Pytester) -> None:
     declared = '    known_failures = {"order_independent": "sums are by row"}\n'
-    body = f"class TestA(RewardContract):\n    part = by_row\n{declared}"
+    both = declared.replace("}", ', "own_group": "sums are by row"}')
+    body = f"class TestA(RewardContract):\n    part = by_row\n{both}"
     body += f"class TestB(RewardContract):\n    part = honest\n{declared}"
 
     found = outcomes(pytester, body)
 
-    found.assert_outcomes(passed=6, xfailed=1, failed=1)
+    found.assert_outcomes(passed=7, xfailed=2, failed=1)
     found.stdout.fnmatch_lines(["*known failure (sums are by row) and holds; undeclare it*", "XFAIL*sums are by row*"])
 
 
@@ -100,7 +101,8 @@ def test_what_a_part_raises_is_a_broken_rule_with_its_place() -> None:
     verdict = judge(order_independent, RewardTrial(raising))
 
     assert verdict.state == "broken"
-    assert "raising: raised IndexError: tuple index out of range (test_contracts.py:" in verdict.note
+    assert "raising: raised IndexError: tuple index out of range for gold; say Failed" in verdict.note
+    assert "(test_contracts.py:" in verdict.note
 
 
 def test_rules_are_documented_named_once_and_the_version_moves_with_them() -> None:
@@ -119,7 +121,7 @@ def test_rules_are_documented_named_once_and_the_version_moves_with_them() -> No
             "typed_answers", "answers_each_once", "reasons_for_failures", "complete_orders", "told_in_words",
             "asked_alone",
         ],
-        "reward": ["typed_outcomes", "same_again", "order_independent", "prefers_the_best"],
+        "reward": ["typed_outcomes", "same_again", "order_independent", "own_group", "prefers_the_best"],
         "optimizer": [
             "steps_count_up", "aligned_reports", "metrics_are_numbers", "finite_weights", "changes_the_policy",
             "continues_where_it_stopped",

@@ -43,5 +43,5 @@ def test_shipped_rewards_keep_the_pure_rules_on_anything(group: list[Rollout]) -
     for name in ("gr2", "ndcg", "format"):
         spec = load_plugins(only="gr2").part("reward", name, "here")
         trial = RewardTrial(spec.build(spec.config(), RunInfo()), rollouts=group)
-        for rule in RULES["reward"][:3]:
+        for rule in RULES["reward"][:4]:
             rule(trial)
