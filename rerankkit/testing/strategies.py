@@ -34,8 +34,8 @@ LETTERS = "abcXYZ 019 .,;:!?'\"\\/<>|[]{}()_-#$%&*+=~\täßéşИж漢字カナ�
 
 def untrusted_text(max_size: int = 40) -> st.SearchStrategy[str]:
     """Words as users and sellers type them, with control text among them."""
-    words = st.one_of(st.text(LETTERS, max_size=12), st.sampled_from(CONTROL))
-    return st.lists(words, max_size=6).map(lambda parts: " ".join(parts)[:max_size])
+    words = st.one_of(st.text(LETTERS, max_size=8), st.sampled_from(CONTROL))
+    return st.lists(words, max_size=3).map(lambda parts: " ".join(parts)[:max_size])
 
 
 def items(numbers: st.SearchStrategy[int] | None = None) -> st.SearchStrategy[Item]:
@@ -46,7 +46,9 @@ def items(numbers: st.SearchStrategy[int] | None = None) -> st.SearchStrategy[It
 
     number = numbers if numbers is not None else st.integers(0, 511)
     price = st.none() | st.floats(0, 1e6, allow_nan=False)
-    return st.one_of(number.map(make_item), st.builds(spoil, number, untrusted_text(), untrusted_text(12), price))
+    brand = st.sampled_from(["", "Norda", *CONTROL])
+    plain = number.map(make_item)
+    return st.one_of(plain, plain, st.builds(spoil, number, untrusted_text(), brand, price))
 
 
 @st.composite
