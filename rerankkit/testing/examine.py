@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -229,8 +229,19 @@ def _of_part(part: PartSpec[Any], plugins: Plugins, settings: list[str], known: 
     checks.append(Verdict("builds", says, "kept"))
     trial = TRIALS[part.kind](built, **({"max_steps": FEW_STEPS} if part.kind == "optimizer" else {}))
     own_known = {rule.removeprefix(f"{part.name}."): reason for rule, reason in known.items()}
-    checks += [judge(rule, trial, own_known) for rule in RULES[part.kind]]
+    checks += _once_each(judge(rule, trial, own_known) for rule in RULES[part.kind])
     return PartReport(part.kind, part.name, shown, tuple(checks))
+
+
+def _once_each(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+    """The verdicts; a fault that stops several rules is told once, and leaves the others not tried."""
+    told: dict[str, str] = {}
+    for verdict in verdicts:
+        if verdict.state == "broken" and verdict.note in told:
+            yield replace(verdict, state="not tried", note=f"for the same reason as `{told[verdict.note]}`")
+        else:
+            told.setdefault(verdict.note, verdict.rule)
+            yield verdict
 
 
 def _documented(part: PartSpec[Any]) -> Verdict:

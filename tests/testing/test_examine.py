@@ -156,3 +156,11 @@ def test_every_shipped_part_is_in_order_or_says_why_not() -> None:
 
     faults = [check.note for part in report.parts for check in part.checks if check.state in ("broken", "mended")]
     assert (report.exit_code, faults) == (0, [])
+
+
+def test_a_fault_that_stops_every_rule_is_told_once(checked) -> None:  # type: ignore[no-untyped-def]
+    report = checked(HEAD.replace("config.scale *", "config.scael *"))
+
+    assert found(report, "typed_outcomes")[0] == "broken"
+    assert found(report, "same_again") == ("not tried", "for the same reason as `typed_outcomes`")
+    assert report.exit_code == 1
