@@ -31,6 +31,7 @@ LAYERS = {
     "stages": 5,
     "run": 6,
     "system": 6,
+    "adapters": 6,
     "testing": 6,
     "pipeline": 7,
     "cli": 7,
