@@ -1,20 +1,32 @@
-"""Writes docs/config.md from the code: python docs/generate.py (--check: exit 1 if it is not up to date)."""
+"""Writes docs/config.md and docs/reference.md from the code: python docs/generate.py
+
+--check: exit 1 if one of them is not up to date.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
+from rerankkit import protocols, types
+from rerankkit.adapters import COLUMNS
 from rerankkit.config import ChosenPart, RunConfig, make_config
-from rerankkit.plugins import PluginConfig, Plugins, describe_settings, load_plugins
+from rerankkit.math.metrics import METRICS
+from rerankkit.plugins import HookSpecs, PluginConfig, Plugins, describe_settings, load_plugins
+from rerankkit.testing.rules import CONTRACT_VERSION, RULES
 
-TARGET = Path(__file__).parent / "config.md"
+DOCS = Path(__file__).parent
 TOP = {
     "seed": ("`0`", "Every random choice of the run derives from it."),
     "device": ('`"auto"`', "What torch runs on: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."),
@@ -47,7 +59,7 @@ PART_HEADS = {
 
 def page() -> str:
     """The whole reference: rerankkit's own blocks, then every part that its own distribution registers."""
-    plugins = load_plugins(only="gr2")
+    plugins = load_plugins(only="gr2,adapters")
     defaults = make_config({}, plugins)
     hints = get_type_hints(RunConfig)
     assert TOP.keys() == {field.name for field in fields(RunConfig) if not _is_block(hints[field.name])}
@@ -165,7 +177,180 @@ def _doc(model: type[BaseModel]) -> str:
     return " ".join(text.split())
 
 
+# --- reference.md --------------------------------------------------------------------------------------------------
+
+REFERENCE_HEAD = """\
+# Reference
+
+<!-- Made by docs/generate.py from the code. Do not edit. -->
+
+What a plugin or a script may rely on, as the code says it. [Compatibility](compatibility.md) tells what may change
+when, the [config reference](config.md) has every setting, and [writing a plugin](writing-a-plugin.md) shows the use.
+"""
+MODULES = {
+    "rerankkit": "What plugins and scripts need first.",
+    "rerankkit.testing": "For tests of parts.",
+    "rerankkit.adapters": "Bridges to other libraries' shapes: [adapters](adapters.md).",
+    "rerankkit.lm": "The policy's abilities, for optimizers; importing it imports torch.",
+}
+
+
+def reference() -> str:
+    """Hooks, protocols, records, contracts, metrics, columns and public names."""
+    return "\n".join(
+        [
+            REFERENCE_HEAD,
+            *_hooks(),
+            *_protocols(),
+            *_records(),
+            *_contracts(),
+            *_metrics(),
+            *_columns(),
+            *_public_names(),
+        ]
+    )
+
+
+def _hooks() -> Iterator[str]:
+    yield "## Hooks\n\nFunctions of a plugin's module, marked with `@hookimpl`; take only the arguments you need.\n"
+    rows = []
+    for name, hook in vars(HookSpecs).items():
+        if name.startswith("rerankkit_"):
+            arguments = ", ".join(f"`{argument}`" for argument in list(inspect.signature(hook).parameters)[1:])
+            rows.append((f"`{name}`", arguments, _told(hook)))
+    yield _grid(("hook", "arguments", ""), rows)
+
+
+def _protocols() -> Iterator[str]:
+    yield "## Protocols\n\nAn object with these methods is a part; there is no base class.\n"
+    for name, protocol in _own_classes(protocols):
+        optional = " (optional)" if name in ("Reconstructs", "Tells") else ""
+        yield f"### {name}{optional}\n\n{_told(protocol)}\n"
+        rows = []
+        for method, value in vars(protocol).items():
+            if isinstance(value, property):
+                rows.append((f"`{method}`", f"`{_shown(value.fget)}`", _told(value)))
+            elif inspect.isfunction(value) and (not method.startswith("_") or method == "__call__"):
+                rows.append((f"`{method}`", f"`{_shown(value)}`", _told(value)))
+        yield _grid(("method", "", ""), rows)
+
+
+def _records() -> Iterator[str]:
+    yield "## Records\n\nFrozen dataclasses that stages and parts exchange, from `rerankkit`.\n"
+    for name, record in _own_classes(types):
+        if dataclasses.is_dataclass(record):
+            yield f"### {name}\n\n{_told(record)}\n"
+            about = _under_fields(record)
+            rows = [
+                (f"`{field.name}`", f"`{field.type}`", _default(field), about.get(field.name, ""))
+                for field in dataclasses.fields(record)
+            ]
+            yield _grid(("field", "type", "default", ""), rows)
+        elif issubclass(record, str):  # an enumeration
+            yield f"### {name}\n\n{_told(record)}\n"
+            about = _under_fields(record)
+            members: Any = record
+            named = [(f"`{member.name}`", f"`{member.value}`", about.get(member.name, "")) for member in members]
+            yield _grid(("member", "value", ""), named)
+
+
+def _contracts() -> Iterator[str]:
+    yield (
+        f"## Contracts\n\nVersion {CONTRACT_VERSION}. The rules that `rerankkit.testing` and `rerankkit plugins check` "
+        "try each part by.\n"
+    )
+    for kind, rules in RULES.items():
+        yield f"### A {kind}'s rules\n" if kind != "optimizer" else "### An optimizer's rules\n"
+        yield _grid(("rule", "what is asked"), [(f"`{rule.__name__}`", _told(rule)) for rule in rules])
+
+
+def _metrics() -> Iterator[str]:
+    yield (
+        "## Metrics\n\nOf every row of a report. What an optimizer logs at each step is its own choice: the names "
+        "in `StepReport.metrics` go to `metrics.jsonl` as they are.\n"
+    )
+    about = {
+        "R": "relevant items among the first {k} / relevant items in the list",
+        "NDCG": "discounted gain of the first {k} / that of the best order; the gain is the relevance",
+        "MRR": "1 / rank of the first relevant item",
+    }
+    rows = [(f"`{name}`", about[name.split("@")[0]].format(k=name.split("@")[-1])) for name in METRICS]
+    yield _grid(("metric", "of one list; a row has the mean"), rows)
+
+
+def _columns() -> Iterator[str]:
+    yield "## Columns\n\nWhat the [adapters](adapters.md) tell a foreign reward function about a rollout.\n"
+    yield _grid(("column", ""), [(f"`{name}`", text) for name, text in COLUMNS.items()])
+
+
+def _public_names() -> Iterator[str]:
+    yield "## Public names\n"
+    for module, about in MODULES.items():
+        home = import_module(module)
+        yield f"### {module}\n\n{about}\n"
+        rows = []
+        for name in sorted(home.__all__, key=str.lower):
+            value = getattr(home, name)
+            named = inspect.isclass(value) or inspect.isroutine(value)
+            rows.append((f"`{name}`", _first(value) if named else ""))
+        yield _grid(("name", ""), rows)
+
+
+def _own_classes(module: Any) -> Iterator[tuple[str, type]]:
+    """The public classes that a module defines, in its order."""
+    for name, value in vars(module).items():
+        if inspect.isclass(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+            yield name, value
+
+
+def _told(value: Any) -> str:
+    return " ".join((inspect.getdoc(value) or "").split())
+
+
+def _first(value: Any) -> str:
+    """The first sentence or line of the docstring; none for what another library made."""
+    if not str(getattr(value, "__module__", "")).startswith("rerankkit"):
+        return ""
+    lines = (inspect.getdoc(value) or "").split("\n\n")[0]
+    return " ".join(lines.split())
+
+
+def _shown(function: Any) -> str:
+    return str(inspect.signature(function)).replace("'", "").replace("(self, ", "(").replace("(self)", "()")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        if inspect.isfunction(field.default):
+            return "does nothing"
+        return f"`{str(field.default) if isinstance(field.default, str) and field.default else repr(field.default)}`"
+    return "empty" if field.default_factory is not dataclasses.MISSING else "*required*"
+
+
+def _under_fields(record: type) -> Mapping[str, str]:
+    """Field -> the string literal under it."""
+    [tree] = ast.parse(inspect.getsource(record)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, text in pairwise(tree.body):
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+            target = field.target if isinstance(field, ast.AnnAssign) else getattr(field, "targets", [None])[0]
+            if isinstance(target, ast.Name):
+                found[target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in cells]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
+    pages = {"config.md": page(), "reference.md": reference()}
     if "--check" in sys.argv:
-        sys.exit(TARGET.read_text(encoding="utf-8") != page())
-    TARGET.write_text(page(), encoding="utf-8")
+        old = [name for name, text in pages.items() if (DOCS / name).read_text(encoding="utf-8") != text]
+        print(*old, sep="\n", end="\n" if old else "")
+        sys.exit(bool(old))
+    for name, text in pages.items():
+        (DOCS / name).write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rerankkit.pipeline import Pipeline
     from rerankkit.plugins import Register, hookimpl, load_plugins
     from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
+    from rerankkit.stages.rank_asks import Ranker
     from rerankkit.stages.sids import SidMap
     from rerankkit.types import (
         Catalog,
@@ -52,6 +53,7 @@ _HOMES = {
     "part_config": "PluginConfig",
     "plugins": "Register hookimpl load_plugins",
     "protocols": "PolicyOptimizer RewardFn Teacher Tokenizer",
+    "stages.rank_asks": "Ranker",
     "stages.sids": "SidMap",
     "types": "Catalog Failed Interaction Item NotApplicable Outcome Parse Ranking RerankExample Reward Rollout RunInfo "
     "Sid SidSurface StepReport Trace TraceFailure",
@@ -60,7 +62,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 __all__ = [
     "Catalog", "ConfigError", "DataError", "Failed", "Interaction", "Item", "NotApplicable", "Outcome", "Parse",
-    "Pipeline", "PluginConfig", "PluginError", "PolicyOptimizer", "Ranking", "Register", "RerankExample",
+    "Pipeline", "PluginConfig", "PluginError", "PolicyOptimizer", "Ranker", "Ranking", "Register", "RerankExample",
     "RerankkitError", "Reward", "RewardFn", "Rollout", "RunFailed", "RunFolderError", "RunInfo", "Sid", "SidMap",
     "SidSurface", "StepReport", "Teacher", "Tokenizer", "Trace", "TraceFailure", "UsageError", "hookimpl",
     "load_plugins",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class PluginConfig(BaseModel):
@@ -15,6 +17,23 @@ class PluginConfig(BaseModel):
     # The strings under fields are read by `describe_settings` when somebody asks: pydantic's own way of reading them,
     # and building validators at once, would double the time of `rerankkit plugins list`.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old name of a setting -> what it is called now: the old one is read, with a FutureWarning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, given: Any) -> Any:
+        if not cls.renamed or not isinstance(given, dict):
+            return given
+        for old, new in cls.renamed.items():
+            if old in given:
+                if new in given:
+                    raise ValueError(f"{old!r} is the old name of {new!r}; give one of them")
+                told = f"{cls.__name__}: the setting {old!r} is called {new!r} now; use the new name"
+                warnings.warn(told, FutureWarning, stacklevel=2)
+                given = {**{key: value for key, value in given.items() if key != old}, new: given[old]}
+        return given
 
 
 def describe_settings(config: type[PluginConfig]) -> list[dict[str, str]]:

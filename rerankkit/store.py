@@ -69,6 +69,11 @@ class Artifact(Generic[A]):
     fingerprint: str
     loader: Callable[[Path], A]
 
+    @property
+    def name(self) -> str:
+        """The stage's: `sft` of stages/6-sft."""
+        return self.folder.name.partition("-")[2]
+
     def on_disk(self) -> Artifact[Any]:
         """The same for a stage that wants to know where it lies, and not to have it read."""
         return Artifact(self.folder, self.fingerprint, Path)
@@ -142,7 +147,8 @@ class RunFolder:
 
         def keep(result: A) -> None:
             seconds = time.monotonic() - started
-            record = {"name": name, "fingerprint": fingerprint, "seconds": round(seconds, 3)}
+            inputs = {a.name: a.fingerprint for a in arguments if isinstance(a, Artifact)}
+            record = {"name": name, "fingerprint": fingerprint, "seconds": round(seconds, 3), "inputs": inputs}
 
             def write(aside: Path) -> None:
                 result.save(aside)
@@ -398,13 +404,29 @@ def finished_stage(run: Path, name: str) -> Path:
     """The folder that holds a finished stage of a run. Raises RunFolderError if there is none."""
     if not is_run_folder(run):
         raise RunFolderError(f"{run} is not a run folder. `rerankkit run CONFIG --out {run}` makes one.")
-    for folder in (run / "stages").glob(f"[0-9]*-{name}"):
-        if _fingerprint_of(folder):
-            return folder
-    state = "unfinished" if list((run / "stages").glob(f"[0-9]*-{name}.work")) else "still to do"
+    if folder := _stage_folder(run, name):
+        return folder
+    state = "unfinished" if _stage_folder(run, f"{name}.work") else "still to do"
     raise RunFolderError(
         f"{run}: its stage {name} is {state}; `rerankkit run {run / 'config.json'} --until {name}` finishes it."
     )
+
+
+def current_stage(run: Path, name: str) -> Path:
+    """`finished_stage`, made from what the run's other stages hold now. Raises RunFolderError if it is not.
+
+    A run that was changed and then stopped keeps its later stages until it comes to them. Inputs that somebody deleted
+    are not missed: what was made from them is whole.
+    """
+    folder = finished_stage(run, name)
+    for other, fingerprint in read_json(folder / "stage.json").get("inputs", {}).items():
+        made = _stage_folder(run, other)
+        if made and (_fingerprint_of(made) != fingerprint or current_stage(run, other) != made):
+            raise RunFolderError(
+                f"{run}: its stage {name} was made from another {other} than the one it holds now; "
+                f"`rerankkit run {run / 'config.json'} --until {name}` makes it anew."
+            )
+    return folder
 
 
 def holder_of(path: Path) -> dict[str, Any]:
@@ -501,6 +523,12 @@ def _state(folder: Path, work: Path, fingerprint: str) -> str:
     if _fingerprint_of(folder) == fingerprint:
         return "done"
     return "unfinished" if _fingerprint_of(work) == fingerprint else "to do"
+
+
+def _stage_folder(run: Path, name: str) -> Path | None:
+    """stages/6-sft for `sft`, and not stages/9-rank-sft; None if there is none, or only a damaged one."""
+    folders = (run / "stages").glob(f"[0-9]*-{name}")
+    return next((f for f in folders if f.name.partition("-")[2] == name and _fingerprint_of(f)), None)
 
 
 def _fingerprint_of(folder: Path) -> str:

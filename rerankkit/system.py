@@ -33,11 +33,13 @@ def prepare(config: RunConfig, out: Path) -> Iterator[tuple[str, Track]]:
         from rerankkit.lm.adapters import require_peft
 
         require_peft()
-        if processes.launched()[1] > 1 and _asked_for("FSDP"):
-            raise ConfigError("policy.lora: adapters are not trained under FSDP; choose multi-GPU without FSDP.")
+        for name in ("FSDP", "DeepSpeed"):
+            if processes.launched()[1] > 1 and _asked_for(name.upper()):
+                raise ConfigError(f"policy.lora: adapters are not trained under {name}; choose multi-GPU without it.")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", device.partition(":")[0])  # DeepSpeed, imported by others, guesses aloud
     if processes.launched()[1] > 1:
         device = _join(device)
     if config.policy.threads is not None:
@@ -76,12 +78,15 @@ def _join(device: str) -> str:
     from accelerate import PartialState
 
     number, own = processes.launched()[1], torch.device(device)
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if _asked_for(name):
-            raise UsageError(
-                f"accelerate's config asks for {name}, which is not supported: choose multi-GPU (every process holds "
-                "the whole policy), or FSDP (every process trains a slice of it)."
-            )
+    if _asked_for("MEGATRON_LM"):
+        raise UsageError(
+            "accelerate's config asks for MEGATRON_LM, which is not supported: choose multi-GPU (every process holds "
+            "the whole policy), or FSDP or DeepSpeed (every process trains a slice of it)."
+        )
+    if _asked_for("DEEPSPEED"):
+        from rerankkit.lm.zero import require_deepspeed
+
+        require_deepspeed()
     if own.index is not None:
         raise ConfigError(
             f'device: {device!r} is one device, and {number} processes run; write "cuda", "cpu" or "auto".'

@@ -28,3 +28,13 @@ def beauty() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no Beauty tables at {folder}; set RERANKKIT_DATA to the folder that holds beauty/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of tests/tiny.toml. Shared: tests must not change it."""
+    from rerankkit.pipeline import Pipeline
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    Pipeline(config=ROOT / "tests" / "tiny.toml").run(folder, progress=False)
+    return folder

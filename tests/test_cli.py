@@ -50,7 +50,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 def test_help_names_every_verb_and_how_to_start(call: Call) -> None:
     code, out, err = call("--help")
     assert (code, err) == (0, "")
-    assert all(f"\n  {verb} " in out for verb in ("run", "status", "compare", "doctor", "sids", "plugins"))
+    assert all(f"\n  {verb} " in out for verb in ("run", "rank", "status", "compare", "doctor", "sids", "plugins"))
     assert "Start with: rerankkit run examples/configs/quickstart.toml" in out
 
 
@@ -91,7 +91,11 @@ def test_plugins_list_with_a_broken_plugin(call: Call, tmp_path: Path) -> None:
     listed = json.loads(call("plugins", "list", "--json", "--file", "broken.py")[1])
 
     assert code == 0 and "broken: ImportError: needs a licence (" in out and "rqvae" in out
-    assert [(p["name"], p["error"][:11]) for p in listed["plugins"]] == [("gr2", ""), ("broken", "ImportError")]
+    assert [(p["name"], p["error"][:11]) for p in listed["plugins"]] == [
+        ("adapters", ""),
+        ("gr2", ""),
+        ("broken", "ImportError"),
+    ]
 
 
 def test_plugins_show_tells_every_setting(call: Call) -> None:
@@ -110,7 +114,8 @@ def test_plugins_show_of_something_unknown_and_of_something_broken(call: Call, t
     assert call("plugins", "show", "ncdg2")[::2] == (
         2,
         "error: no part is named 'ncdg2'; known: cispo, dapo, dr-grpo, format, gr2, gr2-unconditional, grpo, gspo, "
-        "ndcg, rank-promotion, rejection, residual-kmeans, rqvae, targeted. Did you mean 'ndcg'?\n",
+        "ndcg, rank-promotion, rejection, residual-kmeans, rqvae, targeted, trl, verifiers, verl. "
+        "Did you mean 'ndcg'?\n",
     )
     code, _, err = call("plugins", "show", "broken", "--file", "broken.py")
     assert code == 2 and err.startswith("error: plugin broken (broken.py ") and "needs a licence" in err

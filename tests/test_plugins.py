@@ -64,7 +64,7 @@ def test_a_plugin_in_working_order_is_loaded_after_our_own(install: Install) -> 
 
     plugins = load_plugins()
 
-    assert [plugin.name for plugin in plugins.loaded] == ["gr2", "aa-good"]
+    assert [plugin.name for plugin in plugins.loaded] == ["adapters", "gr2", "aa-good"]
     assert one(plugins, "aa-good") == LoadedPlugin("aa-good", "aa_good", "aa-good", "1.2")
     spec = plugins.part("reward", "good", "reward.use")
     assert (spec.plugin, spec.distribution, spec.version) == ("aa-good", "aa-good", "1.2")
@@ -139,7 +139,7 @@ def test_two_distributions_with_one_entry_point_name(install: Install) -> None:
     assert errors == {"first": "", "second": "another plugin has this name: first. Rename one, or uninstall one."}
     assert "other" not in plugins.register.rewards.parts
     # taking the second out again must not take the first's hooks along
-    assert len(plugins.hooks.rerankkit_register.get_hookimpls()) == 2
+    assert len(plugins.hooks.rerankkit_register.get_hookimpls()) == 3
 
 
 def test_an_older_copy_further_down_the_path_does_not_count(install: Install, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_damage_in_somebody_elses_distribution_is_not_ours(install: Install, tmp
     other = tmp_path / "site" / "other-1.dist-info"
     other.mkdir()
     (other / "entry_points.txt").write_bytes(b"\xff\xfe")
-    assert [plugin.name for plugin in load_plugins().loaded] == ["gr2"]
+    assert [plugin.name for plugin in load_plugins().loaded] == ["adapters", "gr2"]
 
 
 def test_printing_at_import_goes_to_stderr(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,11 +242,11 @@ def test_single_files_that_cannot_be_used(tmp_path: Path) -> None:
 
     plugins = load_plugins(files)
 
-    ours, *errors = (plugin.error for plugin in plugins.loaded)
-    assert ours == ""
+    adapters, gr2, *errors = (plugin.error for plugin in plugins.loaded)
+    assert adapters == gr2 == ""
     said = ["does not exist", "is not a Python file", "does not exist", "another plugin has this name: rerankkit"]
     assert all(part in error for part, error in zip(said, errors, strict=True))
-    assert len(plugins.hooks.rerankkit_register.get_hookimpls()) == 1  # gr2's own
+    assert len(plugins.hooks.rerankkit_register.get_hookimpls()) == 2  # our own two
 
 
 def test_hooks_are_called_with_what_they_ask_for(tmp_path: Path) -> None:

@@ -28,6 +28,14 @@ LOSS, WEIGHT = 1e-5, 1e-5
 """How far losses and weights may lie from those of one process: sums are taken in another order, in float32."""
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+
+
+def zero(stage: int) -> dict[str, str]:
+    """What accelerate's launcher hands on for a config that asks for this stage of DeepSpeed's ZeRO."""
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+
+
 def launch(number: int, *words: str | Path, **environment: str) -> subprocess.Popen[str]:
     """torchrun, on a port that it finds itself."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d"]
@@ -59,20 +67,39 @@ def largest_difference(a: Path, b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", ["false", "true"])
-@pytest.mark.parametrize("what", ["supervised", "reinforced"])
-def test_three_processes_with_uneven_shares_train_as_one(what: str, fsdp: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("supervised", {}),
+        ("supervised", FSDP),
+        ("supervised", zero(1)),
+        ("supervised", zero(3)),
+        ("reinforced", {}),
+        ("reinforced", FSDP),
+        ("reinforced", zero(2)),
+        ("reinforced", zero(3)),
+    ],
+    ids=lambda how: how if isinstance(how, str) else "-".join(how.values()) or "whole",
+)
+def test_three_processes_with_uneven_shares_train_as_one(what: str, how: dict[str, str], tmp_path: Path) -> None:
     """Batches have one to four rows, or two prompts: in most steps somebody has less to do, or nothing."""
+    if "ACCELERATE_USE_DEEPSPEED" in how:
+        pytest.importorskip("deepspeed")
     out, alone = tmp_path / "three", tmp_path / "one"
     (out / "work").mkdir(parents=True)
     alone.mkdir()
-    process = launch(3, "-m", "tests.together", what, out, ACCELERATE_USE_FSDP=fsdp)
+    process = launch(3, "-m", "tests.together", what, out, **how)
     policy, log = getattr(together, what)(alone)
-    finish(process)
+    finish(process, timeout=600)  # DeepSpeed compiles something when it first meets a machine
 
     facts = [json.loads((out / f"{rank}.json").read_text()) for rank in range(3)]
     assert [fact["count"] for fact in facts] == [3, 3, 3] and len({fact["pid"] for fact in facts}) == 3
     expected = dict(policy.model.named_parameters())
+    size = sum(parameter.numel() for parameter in expected.values())
+    if "ACCELERATE_USE_DEEPSPEED" in how:  # each steps a third of the weights, and what fills them up to equal parts
+        assert all(size / 3 <= fact["stepped"] < size / 3 + 500 for fact in facts)
+    else:
+        assert all(fact["stepped"] == size for fact in facts)
     start = dict(together.make_policy(tie=what == "reinforced").model.named_parameters())
     assert max((expected[k] - start[k]).abs().max().item() for k in start) > 100 * WEIGHT
     for rank in range(3):
@@ -87,11 +114,15 @@ def test_three_processes_with_uneven_shares_train_as_one(what: str, fsdp: str, t
         assert any(len(step) > 8 for step in said)  # groups without signal were replaced, by the same ones
 
     # Another number of processes goes on from the checkpoint of step 2, and ends the same.
-    finish(launch(2, "-m", "tests.together", what, out, ACCELERATE_USE_FSDP=fsdp))
+    finish(launch(2, "-m", "tests.together", what, out, **how))
     facts = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [(fact["count"], len(fact["log"]), fact["sharded"]) for fact in facts] == [(2, 2, fsdp == "true")] * 2
+    assert [(fact["count"], len(fact["log"]), fact["sharded"]) for fact in facts] == [(2, 2, how == FSDP)] * 2
     for rank in range(2):
         assert largest_difference(out / f"{rank}.safetensors", expected) < WEIGHT
+
+    # And so does one that is alone.
+    policy, log = getattr(together, what)(out / "work")
+    assert len(log) == 2 and largest_difference(out / "0.safetensors", dict(policy.model.named_parameters())) < WEIGHT
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +151,24 @@ def test_a_run_of_two_processes_is_that_of_one(two: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_that_of_two_whole_policies(two: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [FSDP, zero(3)], ids=["fsdp", "deepspeed"])
+def test_a_sharded_run_is_that_of_two_whole_policies(how: dict[str, str], two: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    finish(launch(2, "-m", "rerankkit", "run", TINY, "--out", out, ACCELERATE_USE_FSDP="true"))
+    if "ACCELERATE_USE_DEEPSPEED" in how:
+        pytest.importorskip("deepspeed")
+    finish(launch(2, "-m", "rerankkit", "run", TINY, "--out", out, **how), timeout=600)
     for stage in ("3-midtrain", "6-sft", "7-rl", "7-rl/kept/step-00004"):
         weights = load_file(two / "stages" / stage / "model.safetensors")
         assert largest_difference(out / "stages" / stage / "model.safetensors", weights) < WEIGHT
     assert (out / "report.json").read_bytes() == (two / "report.json").read_bytes()
 
 
-def test_adapters_are_not_sharded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_adapters_are_not_sharded(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"policy\.lora: adapters are not trained under FSDP"):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ConfigError, match=rf"policy\.lora: adapters are not trained under {name}"):
         Pipeline(config={"policy": {"use": "pretrained", "model": "x", "lora": {}}}).run(tmp_path / "run")
 
 
@@ -297,8 +332,13 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     with pytest.raises(ConfigError, match=r"9 processes on this machine and \d GPUs"):
         _join("cuda")
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(UsageError, match=r"asks for MEGATRON_LM, which is not supported: choose multi-GPU .* or FSDP"):
+        _join("cpu")
+    monkeypatch.delenv("ACCELERATE_USE_MEGATRON_LM")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UsageError, match=r"asks for DEEPSPEED, which is not supported: choose multi-GPU .* or FSDP"):
+    monkeypatch.setattr("rerankkit.lm.zero.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"asks for DeepSpeed, which is not installed: pip install deepspeed; or"):
         _join("cpu")
 
 

@@ -106,16 +106,28 @@ if __name__ == "__main__":
     PartialState(cpu=True)
     (out / "work").mkdir(exist_ok=True)
     seen: set[bool] = set()
-    adam = torch.optim.AdamW
+    stepped: set[int] = set()
 
-    def watched(parameters: list[torch.Tensor], **settings: Any) -> torch.optim.Optimizer:
-        seen.update(isinstance(parameter, DTensor) for parameter in parameters)
-        return adam(parameters, **settings)
+    class Watched(torch.optim.AdamW):
+        def __init__(self, params: Any, **settings: Any) -> None:
+            params = list(params)
+            seen.update(isinstance(parameter, DTensor) for parameter in params)
+            super().__init__(params, **settings)
 
-    torch.optim.AdamW = watched  # type: ignore[assignment, misc]
+        def step(self, *arguments: Any) -> Any:
+            stepped.add(sum(parameter.numel() for group in self.param_groups for parameter in group["params"]))
+            return super().step(*arguments)
+
+    torch.optim.AdamW = Watched  # type: ignore[misc]
     policy, log = {"supervised": supervised, "reinforced": reinforced}[what](out / "work")
     weights = {name: tensor.detach().clone() for name, tensor in policy.model.named_parameters()}
     save_file(weights, out / f"{processes.rank()}.safetensors")
-    facts = {"count": processes.count(), "pid": os.getpid(), "log": log, "sharded": seen == {True}}
+    facts = {
+        "count": processes.count(),
+        "pid": os.getpid(),
+        "log": log,
+        "sharded": seen == {True},
+        "stepped": max(stepped),
+    }
     (out / f"{processes.rank()}.json").write_text(json.dumps(facts))
     processes.leave()

@@ -19,6 +19,7 @@ from rerankkit.lm import (
     TokenLogps,
     Work,
     accumulate,
+    adamw,
     apply_gradients,
     group_logps,
     group_work,
@@ -79,10 +80,7 @@ class GroupOptimizer:
         info: RunInfo,
     ) -> Iterator[StepReport]:
         config = self.config
-        trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
-        )
+        optimizer = adamw(policy, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         folder = info.work / "checkpoint" if info.work else None
         found = load_checkpoint(folder, policy, optimizer) if folder else None
         done = found[0] if found else 0

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rerankkit import processes
-from rerankkit.cli import compare, doctor, plugins, rewards, run, sids, status
+from rerankkit.cli import compare, doctor, plugins, rank, rewards, run, sids, status
 from rerankkit.errors import RerankkitError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run.run)
+app.command("rank", epilog=rank.EPILOG)(rank.rank)
 app.command("status")(status.status)
 app.command("compare")(compare.compare)
 app.command("doctor")(doctor.doctor)

@@ -67,25 +67,13 @@ def add(
     from rerankkit.cli.console import progress_bar
     from rerankkit.config import find_plugins, make_config, overridden
     from rerankkit.errors import RunFolderError
-    from rerankkit.stages.sids import add_items, items_to_add, sids_folder
-    from rerankkit.store import publish, read_json
+    from rerankkit.stages.sids import add_items, items_to_add, like_those_of, sids_folder
+    from rerankkit.store import publish
     from rerankkit.system import prepare
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is there already; name a new or empty folder with --out.")
-    folder = sids_folder(run)
-    made = read_json(folder / "sids.json").get("made", {})
-    if "tokenizer" not in made:
-        raise RunFolderError(f"{folder / 'sids.json'} does not tell which tokenizer drew these SIDs; draw them anew.")
-    like = {**made.get("items", {}), "embeddings": made["embeddings"], "side": made["side"]}
-    raw = {
-        "seed": made["seed"],
-        "plugin_files": made.get("plugin_files", []),
-        "data": {"use": "tables", "items": items, **like},
-        "sids": {"keep": str(folder)},
-        "tokenizer": made["tokenizer"],
-    }
-    raw = overridden(raw, overrides or ())
+    raw = overridden(like_those_of(sids_folder(run), items), overrides or ())
     checked = make_config(raw, find_plugins(raw))
     table = items_to_add(checked)
     with progress_bar() as bar, prepare(checked, out) as (device, _):

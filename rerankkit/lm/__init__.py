@@ -14,7 +14,7 @@ from rerankkit.lm.reference import Reference, reference_of
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.lm.score import score_candidates, score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
-from rerankkit.lm.shard import sharded
+from rerankkit.lm.shard import adamw, sharded
 from rerankkit.lm.snapshot import save_snapshot
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
@@ -31,6 +31,7 @@ __all__ = [
     "Work",
     "accumulate",
     "adapted",
+    "adamw",
     "answer_mask",
     "apply_gradients",
     "ask",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import transformers
@@ -289,6 +289,7 @@ def run_decoder(policy: Policy, token_ids: Tensor, position_ids: Tensor, layout:
 
 
 _TAKES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_DROPPING: WeakSet[nn.Module] = WeakSet()
 
 
 def takes_layouts(policy: Policy) -> bool:
@@ -298,6 +299,14 @@ def takes_layouts(policy: Policy) -> bool:
     """
     decoder, config = policy.decoder, policy.model.config
     if getattr(config, "attention_dropout", 0) and policy.model.training:
+        if decoder not in _DROPPING:
+            _DROPPING.add(decoder)
+            warnings.warn(
+                f"{config.model_type}: its config has attention_dropout = {config.attention_dropout}, for which "
+                "training takes dense masks, at several times the time and memory; and in RL the trainer is then not "
+                "the policy that was sampled. Set it to 0 in the model's config.json.",
+                stacklevel=3,
+            )
         return False
     if decoder not in _TAKES:
         _TAKES[decoder] = _try(policy)

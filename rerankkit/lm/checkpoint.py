@@ -16,7 +16,7 @@ from torch import Tensor
 from rerankkit import processes
 from rerankkit.errors import RunFolderError
 from rerankkit.lm.policy import Policy
-from rerankkit.lm.shard import like, whole
+from rerankkit.lm.shard import like, whole, whole_state
 
 DONE = "checkpoint-"
 ASIDE = ".aside-"
@@ -30,8 +30,9 @@ def save_checkpoint(
     Of several processes, whose policies are equal, only the main one writes; all must call it.
     `extra` is whatever else the loop needs, as JSON: counters, the sampler's place, a schedule's state.
     """
-    tensors, plain = _flatten(optimizer.state_dict())
-    weights = {name: whole(tensor) for name, tensor in _weights(policy).items()}
+    with whole_state(policy, optimizer) as state:
+        tensors, plain = _flatten(state)
+        weights = {name: whole(tensor).clone() for name, tensor in _weights(policy).items()}
     tensors = {name: whole(tensor) for name, tensor in tensors.items()}
     if not processes.is_main():
         return

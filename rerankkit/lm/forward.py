@@ -213,8 +213,7 @@ def token_logps(
     `barred` [V] bool takes ids out of the distribution. `narrow` leaves only the ids of a table [K, W] in it, as far
     as its mask [K, W] says that they are real; targets are then columns of the table.
     """
-    width = policy.model.get_output_embeddings().weight.shape[0]
-    many = len(hidden) > chunk and len(hidden) * width > KEPT_LOGITS and torch.is_grad_enabled()
+    many = len(hidden) > chunk and len(hidden) * policy.num_logits > KEPT_LOGITS and torch.is_grad_enabled()
 
     def part(states: Tensor, ids: Tensor, *among: Tensor) -> tuple[Tensor, Tensor]:
         scores = policy.logits(states).float()

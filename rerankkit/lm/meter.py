@@ -131,7 +131,8 @@ def needed_flops(policy: Policy, work: Work, *, training: bool) -> float:
 
     def products(trained_only: bool) -> float:
         body, output = (
-            sum(p.numel() for p in some if p.requires_grad or not trained_only) for some in (matrices, heads)
+            sum(getattr(p, "ds_numel", p.numel()) for p in some if p.requires_grad or not trained_only)
+            for some in (matrices, heads)
         )
         return 2.0 * (body * work.tokens + output * work.logits)
 

@@ -55,7 +55,7 @@ class AnswerPieces:
 
     def barred(self, policy: Policy) -> Tensor:
         """`barred_ids` as [V] bool, True = barred."""
-        mask = torch.zeros(_num_logits(policy), dtype=torch.bool)
+        mask = torch.zeros(policy.num_logits, dtype=torch.bool)
         mask[sorted(self.barred_ids)] = True
         return mask.to(policy.device)
 
@@ -175,7 +175,7 @@ def answer_mask(policy: Policy, example: RerankExample, max_new_tokens: int, thi
 
 def answer_pieces(policy: Policy) -> AnswerPieces:
     """The policy's own spelling of an answer, as `answer_parts` and `trace_sequence` would give it."""
-    key = (len(policy.text_tokenizer), policy.surface, policy.codebook_sizes, policy.stop_ids, _num_logits(policy))
+    key = (len(policy.text_tokenizer), policy.surface, policy.codebook_sizes, policy.stop_ids, policy.num_logits)
     known = _PIECES.get(policy)
     if known is None or known[0] != key:
         known = _PIECES[policy] = (key, _answer_pieces(policy))
@@ -200,13 +200,13 @@ def _answer_pieces(policy: Policy) -> AnswerPieces:
     while opening[0] not in barred:  # a mark of the beginning of a text: it does not end the reasoning yet
         opening = opening[1:]
     barred |= {int(i) for i in tokenizer.all_special_ids} | policy.stop_ids
-    barred |= set(range(len(tokenizer), _num_logits(policy)))  # rows that no token has: tables are padded
+    barred |= set(range(len(tokenizer), policy.num_logits))  # rows that no token has: tables are padded
     return AnswerPieces(
         head=tuple(policy.encode(HEAD)),
         opening=opening,
         separator=separator,
         closing=(*closing, policy.end_id),
-        barred_ids=frozenset(i for i in barred if i < _num_logits(policy)) - {opening[0]},
+        barred_ids=frozenset(i for i in barred if i < policy.num_logits) - {opening[0]},
     )
 
 
@@ -221,10 +221,6 @@ def allowed_table(allowed: Sequence[tuple[int, ...]], device: torch.device) -> t
 def _breaks(text: str) -> bool:
     """Whether a JSON string cannot contain `text` as it is."""
     return any(char in '"\\' or char < " " for char in text)
-
-
-def _num_logits(policy: Policy) -> int:
-    return int(policy.model.get_output_embeddings().weight.shape[0])
 
 
 def _split(token_ids: Sequence[int], spelling: Sequence[int]) -> list[tuple[int, ...]]:

@@ -66,7 +66,14 @@ class Policy:
     def decoder(self) -> nn.Module:
         """The model without its output layer: gives hidden states."""
         decoder: nn.Module = self.model.get_decoder()
-        return decoder
+        base: nn.Module = self.model.base_model
+        return base if decoder is self.model else decoder  # transformers 4.57 has none to give for Falcon and others
+
+    @property
+    def num_logits(self) -> int:
+        """V: rows of the output layer, the padding of the vocabulary included."""
+        weight = self.model.get_output_embeddings().weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed empties the weights that it shards
 
     @property
     def bos_id(self) -> int:
@@ -104,7 +111,9 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] to logits [..., V], as the model's own forward makes them."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        # Not by calling it: a pass takes as many chunks of logits as it has tokens, and where weights are put together
+        # by the hooks of modules that are called (DeepSpeed), processes must call as many.
+        logits: Tensor = self.model.get_output_embeddings().forward(hidden)
         scale, cap, divisor = (
             getattr(self.model.config, k, None) for k in ("logit_scale", "final_logit_softcapping", "logits_scaling")
         )

@@ -28,7 +28,7 @@ class Reference:
                 with _adapters_off(self._policy):
                     return work(self._policy)
             kept = self._kept
-            return inside(kept, lambda: work(kept), lambda result: result)
+            return inside(kept, lambda: (work(kept), None))[0]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from rerankkit import processes
 from rerankkit.lm.policy import Policy
-from rerankkit.lm.shard import _whole, is_sharded
+from rerankkit.lm.shard import is_sharded, whole_model
 
 
 def save_snapshot(policy: Policy, folder: Path) -> None:
@@ -20,7 +20,7 @@ def save_snapshot(policy: Policy, folder: Path) -> None:
     """
     plain = copy.copy(policy)
     if is_sharded(policy):
-        plain.model = _whole(policy.model, torch.device("cpu"))
+        plain.model = whole_model(policy, torch.device("cpu"))
     if not processes.is_main():
         return
     if policy.adapters is not None:

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from rerankkit import processes
 from rerankkit.lm.meter import spent_on, spent_waiting
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.shard import inside, is_sharded, whole
+from rerankkit.lm.zero import zero_of
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -43,17 +43,26 @@ def accumulate(policy: Policy, own: Sequence[P], forward: Callable[[P], tuple[Te
     `forward` gives a pass's loss, divided by what the *whole* batch is divided by, and a record (JSON). `idle` is a
     pass to run, its loss not counted, where others have more: sharded weights are put together by all at once.
     """
+    zero = zero_of(policy)
+    if zero is not None:
+        zero.start(partial(forward, idle))
     num_idle = max(processes.gathered(lambda: [len(own)])) - len(own) if is_sharded(policy) else 0
-    # FSDP takes the mean of the processes' gradients, and what is wanted is their sum
+    # FSDP and DeepSpeed take the mean of the processes' gradients, and what is wanted is their sum
     scale = processes.count() if is_sharded(policy) else 1
 
     def work() -> list[R]:
         records = []
-        for one, factor in [*((one, scale) for one in own), *[(idle, 0)] * num_idle]:
+        wanted = [*((one, scale) for one in own), *[(idle, 0)] * num_idle]
+        for number, (one, factor) in enumerate(wanted, start=1):
+            if zero is not None:
+                zero.boundary(number == len(wanted))
             with spent_on("forward"):
-                loss, record = inside(policy, partial(forward, one), itemgetter(0))
+                loss, record = inside(policy, partial(forward, one))
             with spent_on("backward"):
-                (factor * loss).backward()  # type: ignore[no-untyped-call]
+                if zero is not None:
+                    zero.backward(factor * loss)
+                else:
+                    (factor * loss).backward()  # type: ignore[no-untyped-call]
             if factor:
                 records.append(record)
         return records
@@ -70,6 +79,9 @@ def apply_gradients(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_n
 
     A length that is not finite is returned without a step.
     """
+    if (zero := zero_of(policy)) is not None:
+        with spent_on("optimizer"):
+            return zero.step(max_grad_norm)
     if not is_sharded(policy):  # under FSDP the backward pass has done it
         with spent_waiting():
             processes.sum_gradients(policy.model.parameters())

@@ -268,6 +268,24 @@ def draw_sids(
     return SidMap(table, sizes, card, tokenizer, info.surface, made, fitted)
 
 
+def like_those_of(folder: Path, items: str = "") -> dict[str, Any]:
+    """A config, not yet checked, that gives the items of a table SIDs as those of `folder`'s map were given theirs.
+
+    Raises RunFolderError if the map does not tell how.
+    """
+    made = read_json(folder / "sids.json").get("made", {})
+    if "tokenizer" not in made:
+        raise RunFolderError(f"{folder / 'sids.json'} does not tell which tokenizer drew these SIDs; draw them anew.")
+    like = {**made.get("items", {}), "embeddings": made["embeddings"], "side": made["side"]}
+    return {
+        "seed": made["seed"],
+        "plugin_files": made.get("plugin_files", []),
+        "data": {"use": "tables", "items": items, **like},
+        "sids": {"keep": str(folder)},
+        "tokenizer": made["tokenizer"],
+    }
+
+
 def items_to_add(config: RunConfig) -> tuple[Item, ...]:
     """The items of `config.data.items`, each once. Raises ConfigError if they could not join those of `sids.keep`."""
     from rerankkit.data.dataset import items_in

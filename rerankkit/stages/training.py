@@ -57,6 +57,7 @@ def _train(
 
     from rerankkit.lm import (
         accumulate,
+        adamw,
         apply_gradients,
         load_checkpoint,
         metered,
@@ -68,10 +69,7 @@ def _train(
         sequence_work,
     )
 
-    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay
-    )
+    optimizer = adamw(policy, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
     found = load_checkpoint(info.work / "checkpoint", policy, optimizer) if info.work else None
     done = found[0] if found else 0
     autocast = torch.bfloat16 if info.precision == "bfloat16" else None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from rerankkit.text.answers import parse_answer
 from rerankkit.text.prompts import Message, answer_parts, caption_document, rerank_messages
-from rerankkit.types import Catalog, Item, RerankExample, Rollout, SidSurface
+from rerankkit.types import Catalog, Item, RerankExample, Rollout, RunInfo, SidSurface
 
 if TYPE_CHECKING:
+    from rerankkit.data.dataset import Dataset
+    from rerankkit.data.lists import CandidateLists
     from rerankkit.lm import Policy
+    from rerankkit.stages.sids import SidMap
 
 CODES = 8
 """Codes at each of the three levels of made SIDs."""
@@ -125,3 +129,38 @@ def make_policy(*, seed: int = 0) -> Policy:
     policy.style = style
     policy.extend((CODES,) * 3, surface, seed)
     return policy
+
+
+@dataclass(frozen=True)
+class MadeWorld:
+    """The shipped world in small: what a run would hand to its parts."""
+
+    dataset: Dataset
+    sids: SidMap
+    catalog: Catalog
+    """What a tokenizer is fitted on."""
+    lists: CandidateLists
+
+    def examples(self, split: Literal["train", "valid", "test"] = "train") -> list[RerankExample]:
+        """Lists of the split whose target is among the candidates."""
+        return self.lists.examples(self.sids.attach(self.dataset.items), split)
+
+
+def make_world(num_users: int = 60, *, list_size: int = 10, seed: int = 0) -> MadeWorld:
+    """A few customers of the shipped world, with SIDs of two codes and nearest-neighbour lists; under a second.
+
+    No policy and no torch: for parts that want to see what customers really do.
+    """
+    from rerankkit.config import Embeddings, KnnLists, WorldData
+    from rerankkit.stages.candidates import make_candidates
+    from rerankkit.stages.data import make_dataset
+    from rerankkit.stages.sids import SidMap
+    from rerankkit.stages.sids import make_catalog as catalog_of
+
+    info = RunInfo(seed=seed)
+    dataset = make_dataset(WorldData(num_users=num_users), {}, info=info)
+    sizes = (16, -(-len(dataset.items) // 16))
+    sids = SidMap({item.item_id: divmod(n, sizes[1]) for n, item in enumerate(dataset.items)}, sizes, {})
+    catalog = catalog_of(Embeddings(dim=16), dataset, info)
+    lists = make_candidates(KnnLists(size=list_size, tune=False), 6, {}, dataset, None, None, info=info)
+    return MadeWorld(dataset, sids, catalog, lists)

@@ -60,7 +60,8 @@ def test_parts_and_merging_equal_the_dense_mask(groups, heads: tuple[int, int], 
         parts += group(prompt, lengths, parts[-1].stop if parts else 0)
     if masked:
         sees = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed)) < 0.5
-        parts.append(Part(parts[-1].stop, parts[-1].stop + 4, (0, 2), sees | torch.eye(4, dtype=torch.bool)))
+        shared = (0, min(2, parts[-1].stop))  # not into itself
+        parts.append(Part(parts[-1].stop, parts[-1].stop + 4, shared, sees | torch.eye(4, dtype=torch.bool)))
     layout = Layout(parts)
     inputs = states(layout.num_places, *heads, seed=seed)
     weight = torch.randn(1, layout.num_places, heads[0], 8, generator=torch.Generator().manual_seed(seed))
@@ -202,3 +203,17 @@ def test_an_architecture_that_cannot_share_falls_back_with_one_warning(stubborn)
     assert torch.allclose(again.logps, torch.tensor([x for g in samples for s in g for x in s.logps]), atol=1e-4)
     scores = score_continuations(stubborn, prompts, groups)
     assert torch.allclose(torch.tensor(scores).flatten(), torch.stack([e.sum() for e in ends]), atol=1e-4)
+
+
+def test_dropout_of_attention_is_warned_of_once_and_only_in_training(make) -> None:
+    policy = make()
+    policy.model.config.attention_dropout = 0.1
+    rows = [[TrainSequence((1, 2, 3), (0.0, 1.0, 1.0))]]
+    packed_logps(policy, rows)  # not in training: no warning, which would be an error here
+    policy.model.train()
+    with pytest.warns(UserWarning, match=r"llama: its config has attention_dropout = 0\.1") as caught:
+        packed_logps(policy, rows)
+    packed_logps(policy, rows)  # a second one would be an error
+    assert len(caught) == 1 and not takes_layouts(policy)
+    policy.model.eval()
+    assert takes_layouts(policy)

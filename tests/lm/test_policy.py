@@ -135,3 +135,11 @@ def test_the_sidecar_is_plain_json(tiny, tmp_path: Path) -> None:
     tiny.save(tmp_path)
     about = json.loads((tmp_path / "rerankkit.json").read_text())
     assert about["codebook_sizes"] == [4, 3, 5] and about["surface"]["begin"] == "<|sid_begin|>"
+
+
+def test_a_model_that_has_no_decoder_to_give_has_a_base(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Falcon's in transformers 4.57."""
+    policy = make()
+    own = policy.decoder
+    monkeypatch.setattr(policy.model, "get_decoder", lambda: policy.model)
+    assert policy.decoder is own is policy.model.model

@@ -302,7 +302,62 @@ class Fractional(Counting):
 
 
 def test_an_honest_tokenizer_passes() -> None:
-    check_tokenizer(Counting())
+    check_tokenizer(Counting(), places_new_items=False)
+    check_tokenizer(Placing())
+
+
+class Placing(Counting):
+    """Gives items that come later the numbers that are free, and keeps to it; knows what codes stand for."""
+
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        for item in catalog.items:
+            self.numbers.setdefault(item.item_id, len(self.numbers))
+        return super().encode(catalog)
+
+    def reconstruct(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.repeat(codes[:, :1], 8, axis=1).astype(np.float32)
+
+    def facts(self) -> dict[str, float | str]:
+        return {"items met": len(self.numbers), "order": "as met"}
+
+
+class Renaming(Placing):
+    """Numbers everybody anew when somebody comes."""
+
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        if any(item.item_id not in self.numbers for item in catalog.items):
+            self.numbers = {item.item_id: number for number, item in enumerate(reversed(catalog.items))}
+        return super().encode(catalog)
+
+
+class Fickle(Placing):
+    """Forgets what it gave to items that it was not fitted on."""
+
+    def encode(self, catalog: Catalog) -> NDArray[np.int64]:
+        known = dict(self.numbers)
+        codes = super().encode(catalog)
+        self.numbers = {**known, "gap": 63} if len(known) < len(self.numbers) else known
+        return codes
+
+
+class Unreal(Placing):
+    def reconstruct(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.full((len(codes), 8), np.nan, dtype=np.float32)
+
+
+class Narrow(Placing):
+    def reconstruct(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.zeros((len(codes), 3), dtype=np.float32)
+
+
+class Boastful(Placing):
+    def facts(self) -> dict[str, float | str]:
+        return {"quality": math.inf}
+
+
+def test_a_tokenizer_that_says_it_places_no_new_items_must_refuse_them() -> None:
+    with pytest.raises(AssertionError, match="Placing: places_new_items is False, and it encoded items"):
+        check_tokenizer(Placing(), places_new_items=False)
 
 
 class Sided(Counting):
@@ -327,6 +382,12 @@ def test_a_tokenizer_may_look_at_side_matrices() -> None:
         (Restless, "Restless: encode gave other SIDs the second time"),
         (Pickling, r"Pickling: save wrote a pickle \(numbers.bin\)"),
         (Fractional, "Fractional: codes are float64, not integers"),
+        (Counting, "Counting: raised KeyError: 'new0' for items it was not fitted on; place them, or pass"),
+        (Renaming, "Renaming: new items changed the SIDs of old ones"),
+        (Fickle, "Fickle: a new item was given another SID when it was asked for again"),
+        (Unreal, "Unreal: reconstruct gave numbers that are not finite"),
+        (Narrow, r"Narrow: reconstruct gave shape \(48, 3\) instead of \(48, 8\)"),
+        (Boastful, "Boastful: facts holds {'quality': inf}; a value is text or a finite number"),
     ],
 )
 def test_a_broken_tokenizer_is_told_what_is_wrong(broken: Callable[[], Counting], fault: str) -> None:

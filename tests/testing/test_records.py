@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rerankkit.testing import make_catalog, make_example, make_item, make_rollout
+from rerankkit.testing import make_catalog, make_example, make_item, make_rollout, make_world
 from rerankkit.types import Parse
 
 
@@ -43,3 +43,14 @@ def test_a_catalogue_is_the_same_every_time() -> None:
     assert first.embeddings.shape == (20, 4)
     assert np.array_equal(first.embeddings, second.embeddings)
     assert first.pairs.tolist()[:2] == [[0, 1], [1, 2]]
+
+
+def test_the_tiny_world_has_what_parts_are_given() -> None:
+    world = make_world(30)
+
+    examples = world.examples()
+
+    assert len(world.catalog.items) == len(world.dataset.items) == len(world.catalog.embeddings)
+    assert examples and all(example.target_index is not None and len(example.candidates) == 10 for example in examples)
+    assert all(item.sid for example in examples for item in (*example.history, *example.candidates))
+    assert world.examples()[0] == make_world(30).examples()[0]
