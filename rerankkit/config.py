@@ -196,7 +196,7 @@ class Prompt(Block):
     """One line of instruction in place of the full one, for small policies."""
     evidence: tuple[Literal["alike", "last", "together", "brand", "kind"], ...] = ()
     """Facts about each candidate, looked up when lists are made, without what the user did at the listed step or later;
-    a token each. How `alike` its text is to the last three items' or the `last` one's (0 to 9), how many users bought it
+    a token each. How `alike` its text is to the last three items' or to the `last` one's (0 to 9), how many users had it
     `together` with them (log2), how many share its `brand`, how many levels of its category (`kind`) the last has."""
     cite: Literal["sid", "place"] = "sid"
     """How answers name candidates: by SID, as GR2 does, or by place in the list (`<c_1>`), which small policies learn

@@ -72,7 +72,7 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     tables, recipe = source_digests(c.data, c.candidates), drawn_with(c)
     lora = c.policy.lora if isinstance(c.policy, PretrainedPolicy) else None
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
-    facts = c.policy.prompt.evidence
+    facts = list(c.policy.prompt.evidence)
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
     drawn = gated(draw_sids, folder)
     sids = stage("sids", drawn, SidMap.load, c.tokenizer, c.sids, c.data.embeddings, data, recipe)

@@ -26,11 +26,13 @@ def make_candidates(
     dataset: Dataset,
     sids: SidMap | None,
     policy: Policy | None,
-    facts: tuple[str, ...] = (),
+    facts: Sequence[str] = (),
     *,
     info: RunInfo,
 ) -> CandidateLists:
-    """Lists for training, validation and test, with the evidence that prompts show (`facts`, by name). `sids` and `policy` are for lists that the policy itself makes."""
+    """Lists for training, validation and test, with the evidence that prompts show (`facts`, by name).
+
+    `sids` and `policy` are for lists that the policy itself makes."""
     from rerankkit.data.prerankers import Knn, KnnSettings, Popularity, from_file, make_lists
 
     preranker: PreRanker

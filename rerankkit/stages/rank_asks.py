@@ -69,7 +69,7 @@ class Answer:
     reasoning: str
     """What the policy said first; items are named by their SIDs. Empty where it only scores."""
     cited: Mapping[str, str]
-    """SID as written in `reasoning` -> item id, for those of the history and the list."""
+    """SID (or place) as written in `reasoning` -> item id, for those of the history and the list."""
     unknown: tuple[str, ...]
     """Items that the run did not know: ranked by their text, put last or left out, as was chosen."""
 
@@ -136,6 +136,7 @@ class Ranker:
         items, strangers = self._look_up(known, unknown)
         kept = [[place for place, item in enumerate(ask.candidates) if item.item_id in items] for ask in known]
         examples = [make_example(*pair, items, self.max_history) for pair in zip(known, kept, strict=True)]
+        examples = self._with_evidence(examples, items)
         for ask, example in zip(known, examples, strict=True):
             self._check_room(ask, example)
         found = iter(self._found([example for example in examples if example.candidates]))
@@ -189,6 +190,22 @@ class Ranker:
         if unknown == "text" and strangers:
             own |= self._placed(tuple(strangers.values()))
         return own, set(strangers)
+
+    def _with_evidence(self, examples: list[RerankExample], items: Mapping[str, Item]) -> list[RerankExample]:
+        """What the run's interactions and texts say about each candidate, if the policy's prompts show it."""
+        if not self.policy.surface.facts:
+            return examples
+        from rerankkit.data.dataset import Dataset
+        from rerankkit.data.evidence import Evidence
+
+        dataset = Dataset.load(current_stage(self.run, "data"))
+        new = [item for item_id, item in items.items() if item_id not in dataset.item_rows]
+        refit = read_json(self.run / "config.json")["candidates"].get("refit", True)
+        evidence = Evidence(replace(dataset, items=(*dataset.items, *new)), self.policy.surface.facts, refit=refit)
+        histories = [[item.item_id for item in example.history] for example in examples]
+        listed = [[item.item_id for item in example.candidates] for example in examples]
+        found = evidence.about(histories, listed)
+        return [replace(example, evidence=facts) for example, facts in zip(examples, found, strict=True)]
 
     def _own_items(self, item_ids: Sequence[str]) -> dict[str, Item]:
         import pyarrow.parquet as pq
@@ -244,9 +261,10 @@ class Ranker:
             raise DataError(f"{ask.where}: {error}") from error
 
     def _cited(self, said: str, example: RerankExample) -> dict[str, str]:
-        names = {item.sid: item.item_id for item in (*example.history, *example.candidates)}
         surface = self.policy.surface
-        return {surface.text(sid): names[sid] for sid in dict.fromkeys(surface.find(said)) if sid in names}
+        names = {surface.text(item.sid): item.item_id for item in (*example.history, *example.candidates)}
+        names |= dict(zip(surface.names(example), (item.item_id for item in example.candidates), strict=True))
+        return {name: names[name] for name in dict.fromkeys(surface.citations(said)) if name in names}
 
 
 def make_example(ask: Ask, places: Sequence[int], items: Mapping[str, Item], max_history: int) -> RerankExample:
