@@ -90,16 +90,19 @@ class RationaleOptimizer:
             info=info,
             salt=f"step {step}",
         )
-        rollouts = []
-        for group, (example, prompt, some) in enumerate(zip(examples, prompts, thoughts, strict=True)):
-            if trie is None:
-                every = [scores_after(policy, [example], [[thought.token_ids]], "max")[0] for thought in some]
-                beams = [[example.candidates[i].sid for i in best_first(scores)] for scores in every]
-            else:
-                asks = [[*prompt, *thought.token_ids] for thought in some]
-                beams = [[sid for sid, _ in found] for found in beam_sids(policy, asks, trie, c.num_beams)]
-            rollouts += [_rollout(policy, example, t, sids, group) for t, sids in zip(some, beams, strict=True)]
-        return rollouts
+        rows = [(g, example, thought) for g, example in enumerate(examples) for thought in thoughts[g]]
+        beams: list[list[Sid]]
+        if trie is None:
+            beginnings = [[thought.token_ids] for _, _, thought in rows]
+            every = scores_after(policy, [example for _, example, _ in rows], beginnings, "max")
+            beams = [
+                [example.candidates[i].sid for i in best_first(scores)]
+                for (_, example, _), scores in zip(rows, every, strict=True)
+            ]
+        else:
+            asks = [[*prompts[g], *thought.token_ids] for g, _, thought in rows]
+            beams = [[sid for sid, _ in found] for found in beam_sids(policy, asks, trie, c.num_beams)]
+        return [_rollout(policy, example, t, sids, g) for (g, example, t), sids in zip(rows, beams, strict=True)]
 
     def _learn(
         self,

@@ -72,22 +72,20 @@ class SelfRationale:
             info=info,
             salt="rationale",
         )
-        for example, group in zip(examples, groups, strict=True):
-            target, missed = example.target_index, 0
-            for thought in (thought for thought in group if thought.text.strip()):
-                if c.beams:  # the hit filter sees the history as the policy will: whole, and without the answer
-                    [scores] = scores_after(policy, [example], [[thought.token_ids]], "max")
-                    if target not in best_first(scores)[: c.beams]:
-                        missed += 1
-                        continue
-                about = {"strategy": "self-rationale", "policy": c.policy, "preset": c.preset}
-                assert target is not None  # `write` has answered for the others
-                yield Trace(example.example_id, thought.text, _target_first(example, target), about)
-                break
+        thoughts = [(example, t) for example, group in zip(examples, groups, strict=True) for t in group]
+        hits = [True] * len(thoughts)
+        if c.beams:  # judged with the history as the policy will see it: whole, and without the answer
+            scores = scores_after(policy, [e for e, _ in thoughts], [[t.token_ids] for _, t in thoughts], "max")
+            order = map(best_first, scores)
+            hits = [e.target_index in best[: c.beams] for (e, _), best in zip(thoughts, order, strict=True)]
+        about = {"strategy": "self-rationale", "policy": c.policy, "preset": c.preset}
+        for example in examples:
+            own = [(t.text, hit) for (e, t), hit in zip(thoughts, hits, strict=True) if e is example and t.text.strip()]
+            kept = [text for text, hit in own if hit]
+            if kept and example.target_index is not None:
+                yield Trace(example.example_id, kept[0], _target_first(example, example.target_index), about)
             else:
-                reason = (
-                    f"the target is not among the best {c.beams} after it" if missed else "no rationale was written"
-                )
+                reason = f"the target is not among the best {c.beams} after it" if own else "no rationale was written"
                 yield TraceFailure(example.example_id, reason, c.samples)
 
 
