@@ -10,12 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from rerankkit import NotApplicable, Outcome, Reward, Rollout, RunInfo, SidSurface, Trace, TraceFailure
+from rerankkit import (
+    NotApplicable,
+    Outcome,
+    Pipeline,
+    Reward,
+    Rollout,
+    RunFolderError,
+    RunInfo,
+    SidSurface,
+    Trace,
+    TraceFailure,
+)
 from rerankkit.lm import Policy, score_continuations
 from rerankkit.testing import check_optimizer, check_reward, check_teacher, make_example, make_policy, make_rollout
 from rerankkit.text.prompts import answer_parts
 
 import rerankkit_onerec_think
+from rerankkit_onerec_think.__main__ import main
 from rerankkit_onerec_think.optimizer import RationaleOptimizer
 from rerankkit_onerec_think.parts import (
     OptimizerConfig,
@@ -26,7 +38,7 @@ from rerankkit_onerec_think.parts import (
     template,
 )
 from rerankkit_onerec_think.reward import RolloutBeam
-from rerankkit_onerec_think.teachers import SelfRationale, pruned
+from rerankkit_onerec_think.teachers import SelfRationale, Template, pruned
 from rerankkit_onerec_think.thoughts import rerank_prompts, think, think_then_score
 
 SOURCES = sorted(Path(rerankkit_onerec_think.__file__).parent.glob("*.py"))
@@ -196,6 +208,27 @@ def test_without_thoughts_the_answer_begins_with_an_empty_explanation() -> None:
 
     assert said == ""
     assert ranking.order == tuple(sorted(range(10), key=lambda i: -expected[i]))
+
+
+def test_a_finished_run_is_ranked_with_and_without_thinking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "data": {"use": "world", "num_users": 60},
+        "candidates": {"use": "knn", "tune": False, "max_test": 30},
+        "policy": {"hidden_size": 32, "num_layers": 1, "intermediate_size": 64, "prompt": {"terse": True}},
+        "tokenizer": {"use": "residual-kmeans", "levels": 2, "codes": 24},
+        "midtrain": {"steps": 1, "tokens_per_step": 100},
+        "sft": {"epochs": 1},
+    }
+    Pipeline(config=config, teacher=Template()).run(tmp_path / "run", until="sft", progress=False)
+
+    main([str(tmp_path / "run"), "--stage", "sft", "--rationales", "0,2", "--users", "3", "--max-new-tokens", "24"])
+
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("3 test users whose target is listed; policy of sft")
+    assert [row.split("  ")[0].strip() for row in rows] == ["as given", "0 rationales", "2 rationales"]
+    assert rows[1].endswith("+0.000 [+0.000, +0.000]")
+    with pytest.raises(RunFolderError, match="no finished stage 'rl'"):
+        main([str(tmp_path / "run")])
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------------
