@@ -208,8 +208,8 @@ class BeamGroups:
             lengths = torch.bincount(rows, minlength=len(keep))
             loss = loss + c.kl * (kl / lengths[rows])[keep[rows]].sum() / num_kept
         entropies = kl if tokens.entropies is None else tokens.entropies[free]
-        logged = {"kl": kl.detach(), "entropy": entropies, "logp_gap": (logps.detach() - old).abs()}
-        means = {name: float(values.mean()) if len(values) else 0.0 for name, values in logged.items()}
+        logged = {"kl": kl, "entropy": entropies, "logp_gap": (logps - old).abs()}
+        means = {name: float(values.detach().mean()) if len(values) else 0.0 for name, values in logged.items()}
         return loss, {**stats, "loss": loss.item(), **means}
 
 

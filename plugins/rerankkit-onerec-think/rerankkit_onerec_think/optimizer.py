@@ -191,7 +191,7 @@ class RationaleOptimizer:
             lengths = torch.bincount(rows, minlength=len(keep))
             loss = loss + c.kl * (kl / lengths[rows])[keep[rows]].sum() / num_kept
         entropies = kl if tokens.entropies is None else tokens.entropies[free]
-        logged = {"kl": kl.detach(), "entropy": entropies, "logp_gap": (logps.detach() - old).abs()}
+        logged = {"kl": kl, "entropy": entropies, "logp_gap": (logps - old).abs()}
         return loss, {**stats, "loss": loss.item(), **{name: _mean(value) for name, value in logged.items()}}
 
 
@@ -202,7 +202,7 @@ _LEARNED = (
 
 
 def _mean(values: Tensor) -> float:
-    return float(values.mean()) if len(values) else 0.0
+    return float(values.detach().mean()) if len(values) else 0.0
 
 
 def _frozen(policy: Policy) -> Policy:
