@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rerankkit import RerankExample, RunFolderError, RunInfo, SidMap
+from rerankkit import RerankExample, RerankkitError, RunFolderError, RunInfo, SidMap
 from rerankkit.data.dataset import Dataset
 from rerankkit.data.lists import CandidateLists
 from rerankkit.lm import Policy
@@ -31,8 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=0, help="only so many test users; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    policy = Policy.load(stage(given.run, given.stage))
-    examples = test_examples(given.run)[: given.users or None]
+    try:
+        policy = Policy.load(stage(given.run, given.stage))
+        examples = test_examples(given.run)[: given.users or None]
+    except RerankkitError as error:
+        parser.exit(2, f"error: {error}\n")
     given_order = [example.relevance for example in examples]
     rows: list[tuple[str, list[tuple[float, ...]], float]] = [("as given", given_order, 0.0)]
     for num in map(int, given.rationales.split(",")):
@@ -68,7 +72,7 @@ def test_examples(run: Path) -> list[RerankExample]:
 
 def stage(run: Path, name: str) -> Path:
     """The folder of a finished stage. Raises RunFolderError if there is none."""
-    found = sorted(run.glob(f"stages/[0-9]*-{name}"))
+    found = [path for path in run.glob("stages/*") if re.fullmatch(rf"\d+-{re.escape(name)}", path.name)]
     if len(found) != 1:
         raise RunFolderError(f"{run}: holds no finished stage {name!r}; give a run folder, and finish the run first.")
     return found[0]

@@ -16,7 +16,6 @@ from rerankkit import (
     Pipeline,
     Reward,
     Rollout,
-    RunFolderError,
     RunInfo,
     SidSurface,
     Trace,
@@ -220,6 +219,7 @@ def test_a_finished_run_is_ranked_with_and_without_thinking(tmp_path: Path, caps
         "sft": {"epochs": 1},
     }
     Pipeline(config=config, teacher=Template()).run(tmp_path / "run", until="sft", progress=False)
+    (tmp_path / "run" / "stages" / "9-rank-sft").mkdir()  # another stage, whose name ends alike
 
     main([str(tmp_path / "run"), "--stage", "sft", "--rationales", "0,2", "--users", "3", "--max-new-tokens", "24"])
 
@@ -227,8 +227,9 @@ def test_a_finished_run_is_ranked_with_and_without_thinking(tmp_path: Path, caps
     assert head.startswith("3 test users whose target is listed; policy of sft")
     assert [row.split("  ")[0].strip() for row in rows] == ["as given", "0 rationales", "2 rationales"]
     assert rows[1].endswith("+0.000 [+0.000, +0.000]")
-    with pytest.raises(RunFolderError, match="no finished stage 'rl'"):
+    with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "run")])
+    assert "no finished stage 'rl'" in capsys.readouterr().err
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------------
