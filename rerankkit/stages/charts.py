@@ -183,7 +183,7 @@ def _legend(names: Sequence[str]) -> str:
 def _range(values: Sequence[float], span: tuple[float, float] | None, margin: float = 0.04) -> tuple[float, float]:
     """From smallest to largest with a little air, wide enough for `span`, and never empty."""
     low, high = min(values), max(values)
-    if span is not None and span[0] <= low and high <= span[1]:
+    if span is not None and span[0] < span[1] and span[0] <= low and high <= span[1]:
         return span
     air = margin * (high - low) if high > low else abs(low) * 0.5 or 0.5
     low, high = low - air, high + air
