@@ -153,7 +153,7 @@ class BeamGroups:
         keep &= has_signal[:, None]
         num_groups = float(has_signal.sum())
         if not num_groups:
-            return {**dict.fromkeys(_LEARNED, 0.0), "num_groups": 0.0}
+            return {"loss": 0.0, "grad_norm": 0.0, "num_groups": 0.0}  # no pass was made that would tell more
         prompts = [_prompt_ids(policy, group[0].example) for group in groups]
         sizes = [len(p) + sum(len(r.token_ids) for r in g) for p, g in zip(prompts, groups, strict=True)]
         logs: list[dict[str, float]] = []

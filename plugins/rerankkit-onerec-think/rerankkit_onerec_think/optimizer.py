@@ -124,7 +124,10 @@ class RationaleOptimizer:
         keep &= has_signal[:, None]
         num_groups = float(has_signal.sum())
         if not num_groups:
-            return {**dict.fromkeys(_LEARNED, 0.0), "num_groups": 0.0}
+            # nothing to learn: no pass tells the entropy, but what was sampled does
+            chosen = sum(ids is None or len(ids) > 1 for rollout in rollouts for ids in rollout.allowed_ids)
+            entropy = -sum(logp for rollout in rollouts for logp in rollout.logps) / max(1, chosen)
+            return {"loss": 0.0, "grad_norm": 0.0, "entropy": entropy, "num_groups": 0.0}
         groups = [rollouts[i : i + c.group_size] for i in range(0, len(rollouts), c.group_size)]
         prompts = rerank_prompts(policy, [group[0].example for group in groups])
         sizes = [len(p) + sum(len(r.token_ids) for r in g) for p, g in zip(prompts, groups, strict=True)]

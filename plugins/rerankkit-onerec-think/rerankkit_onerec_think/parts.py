@@ -41,8 +41,9 @@ class SelfRationaleConfig(PluginConfig):
 class RolloutBeamConfig(PluginConfig):
     """For the best of the first K items of an answer: how many codes of the target's SID it has, 0 to L."""
 
-    beams: PositiveInt = 32
-    """K, the paper's 32. Beams of an answer that ranks ten candidates hold the target from K = 10 on: take 1 to 4."""
+    beams: PositiveInt = 1
+    """K. The paper's 32 are beams of a whole catalogue (`beams_over`). Of a list of ten, ten always hold the target and
+    the reward is flat: take 1 to 4."""
     match: Literal["positional", "prefix"] = "positional"
     """`positional`, the paper's: every code in its place counts. `prefix`: only those before the first that differs."""
 

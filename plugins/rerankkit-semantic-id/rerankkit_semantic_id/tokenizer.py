@@ -20,15 +20,13 @@ class SemanticId:
         self, levels: int, codes: int, implementation: Literal["kmeans", "constrained"], num_starts: int, seed: int
     ) -> None:
         self.codebook_sizes = (codes,) * (levels + 1)
-        self._encoder: Any = RQKMeans(
-            levels, codes, implementation=implementation, n_init=num_starts, random_state=seed, verbose=False
-        )
+        self._how: Any = {"implementation": implementation, "n_init": num_starts, "random_state": seed}
         self._book: dict[str, tuple[int, ...]] = {}
 
     def fit(self, catalog: Catalog) -> None:
         """Learn the codebooks, and give every item its SID."""
-        if len(catalog.items) < self.codebook_sizes[0]:
-            raise ValueError(f"semantic-id: {len(catalog.items)} items for more codes; set tokenizer.codes lower")
+        num_clusters = min(self.codebook_sizes[0], len(catalog.items))  # k-means refuses more clusters than items
+        self._encoder = RQKMeans(len(self.codebook_sizes) - 1, num_clusters, verbose=False, **self._how)
         self._encoder.fit(catalog.embeddings)
         self.encode(catalog)
 

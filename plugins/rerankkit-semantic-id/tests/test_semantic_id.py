@@ -72,11 +72,18 @@ def test_codes_stand_for_vectors_nearer_than_their_mean() -> None:
 
 
 def test_says_which_setting_to_change() -> None:
-    with pytest.raises(ValueError, match=r"7 items for more codes; set tokenizer\.codes lower"):
-        small().fit(make_catalog(7))
     same = Catalog(make_catalog(20).items, np.ones((20, 4), dtype=np.float32), np.empty((0, 2), dtype=np.int64))
     with pytest.warns(Warning, match="distinct clusters"), pytest.raises(ValueError, match="more than 8 items at"):
         small().fit(same)
+
+
+def test_fewer_items_than_codes_are_no_fault() -> None:
+    tokenizer = small(levels=1, codes=64)
+    catalog = make_catalog(7)
+    tokenizer.fit(catalog)
+
+    assert tokenizer.codebook_sizes == (64, 64)
+    assert sorted(tokenizer.encode(catalog)[:, 0].tolist()) == list(range(7))
 
 
 def test_registering_imports_nothing_heavy() -> None:
