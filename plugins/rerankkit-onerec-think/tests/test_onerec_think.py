@@ -240,6 +240,11 @@ def small(**settings: object) -> RationaleOptimizer:
     return RationaleOptimizer(OptimizerConfig.model_validate(given))
 
 
+def by_first(rollouts: Sequence[Rollout]) -> list[Outcome]:
+    """Something that rationales of one length differ in."""
+    return [Reward(float(rollout.token_ids[rollout.num_reasoning_tokens // 2])) for rollout in rollouts]
+
+
 def by_length(rollouts: Sequence[Rollout]) -> list[Outcome]:
     return [Reward(-float(len(rollout.token_ids))) for rollout in rollouts]
 
@@ -251,7 +256,7 @@ def test_optimizer_keeps_the_contract(beams_over: str) -> None:
 
 def test_a_group_is_one_prompts_rationales_and_only_they_are_trained() -> None:
     policy = make_policy()
-    report = next(small(group_size=3).optimize(policy, [make_example(3), make_example(9)], by_length, RunInfo()))
+    report = next(small(group_size=3).optimize(policy, [make_example(3), make_example(9)], by_first, RunInfo()))
 
     assert [rollout.group for rollout in report.rollouts] == [0, 0, 0, 1, 1, 1]
     for rollout in report.rollouts:
