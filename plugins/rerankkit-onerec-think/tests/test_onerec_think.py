@@ -285,7 +285,7 @@ def test_kl_is_zero_at_the_start_and_holds_the_policy_back() -> None:
     def run(kl: float) -> tuple[list[float], Policy]:
         policy = make_policy()
         optimizer = small(steps=6, group_size=4, learning_rate=3e-3, kl=kl)
-        reports = list(optimizer.optimize(policy, [make_example(3), make_example(9)], by_length, RunInfo()))
+        reports = list(optimizer.optimize(policy, [make_example(3), make_example(9)], by_first, RunInfo()))
         return [report.metrics["kl"] for report in reports], policy
 
     free, held = run(1e-9)[0], run(10.0)[0]
