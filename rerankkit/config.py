@@ -313,6 +313,17 @@ class Schedule(Block):
     """Steps between checkpoints."""
 
 
+class NewTokens(Block):
+    """Steps before mid-training in which only the rows of SID tokens learn, and the model around them stays."""
+
+    steps: NonNegativeInt = 0
+    """Optimizer steps; 0 is none."""
+    learning_rate: PositiveFloat = 5e-4
+    """At its peak; the rest of the schedule is that of `midtrain`, without weight decay."""
+    mix: TaskMix = Field(default_factory=lambda: TaskMix(sequence=0, caption=0, persona=1, language=0))
+    """Shares of the tasks; a history in SIDs and words by default."""
+
+
 class Midtrain(Schedule):
     """Mid-training: what SIDs mean, and how they follow one another."""
 
@@ -320,6 +331,8 @@ class Midtrain(Schedule):
     """Optimizer steps; 0 leaves the policy as it is."""
     mix: TaskMix = Field(default_factory=TaskMix)
     """Shares of the tasks."""
+    new_tokens: NewTokens = Field(default_factory=NewTokens)
+    """Steps before it, for the rows of SID tokens alone."""
 
 
 class Sft(Schedule):
