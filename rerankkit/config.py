@@ -196,8 +196,9 @@ class Prompt(Block):
     """One line of instruction in place of the full one, for small policies."""
     evidence: tuple[Literal["alike", "last", "together", "brand", "kind"], ...] = ()
     """Facts about each candidate, looked up when lists are made, without what the user did at the listed step or later;
-    a token each. How `alike` its text is to the last three items' or to the `last` one's (0 to 9), how many users had it
-    `together` with them (log2), how many share its `brand`, how many levels of its category (`kind`) the last has."""
+    each is a token. How `alike` its text is to that of one of the last three items, or of the `last` one (0 to 9), how
+    many users had it `together` with them (log2), how many share its `brand`, how many levels of its category (`kind`)
+    the last one shares."""
     cite: Literal["sid", "place"] = "sid"
     """How answers name candidates: by SID, as GR2 does, or by place in the list (`<c_1>`), which small policies learn
     much sooner."""
@@ -313,6 +314,17 @@ class Schedule(Block):
     """Steps between checkpoints."""
 
 
+class NewTokens(Block):
+    """Steps before mid-training in which only the rows of SID tokens learn, and the model around them stays."""
+
+    steps: NonNegativeInt = 0
+    """Optimizer steps; 0 is none."""
+    learning_rate: PositiveFloat = 5e-4
+    """At its peak; the rest of the schedule is that of `midtrain`, without weight decay."""
+    mix: TaskMix = Field(default_factory=lambda: TaskMix(sequence=0, caption=0, persona=1, language=0))
+    """Shares of the tasks; a history in SIDs and words by default."""
+
+
 class Midtrain(Schedule):
     """Mid-training: what SIDs mean, and how they follow one another."""
 
@@ -320,6 +332,8 @@ class Midtrain(Schedule):
     """Optimizer steps; 0 leaves the policy as it is."""
     mix: TaskMix = Field(default_factory=TaskMix)
     """Shares of the tasks."""
+    new_tokens: NewTokens = Field(default_factory=NewTokens)
+    """Steps before it, for the rows of SID tokens alone."""
 
 
 class Sft(Schedule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rerankkit.lm.adapters import adapted
+from rerankkit.lm.adapters import adapted, only_sid_rows
 from rerankkit.lm.ask import ask, prompt_of
 from rerankkit.lm.checkpoint import load_checkpoint, save_checkpoint
 from rerankkit.lm.forward import TokenLogps, group_logps, packed_logps
@@ -44,6 +44,7 @@ __all__ = [
     "load_checkpoint",
     "metered",
     "needed_flops",
+    "only_sid_rows",
     "pack",
     "packed_logps",
     "passes",

@@ -27,8 +27,7 @@ def adapted(policy: Policy, seed: int, *, rank: int, alpha: int, target_modules:
     require_peft()
     import peft
 
-    words = policy.text_tokenizer.get_added_vocab()
-    sids = sorted(words[word] for word in policy.surface.tokens(policy.codebook_sizes) if word in words)
+    sids = _sid_token_ids(policy)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -53,6 +52,33 @@ def adapted(policy: Policy, seed: int, *, rank: int, alpha: int, target_modules:
     policy.model = wrapper.merge_and_unload()
     for parameter in policy.model.parameters():
         parameter.requires_grad_(True)
+
+
+@contextmanager
+def only_sid_rows(policy: Policy) -> Iterator[None]:
+    """Freeze the policy but for the rows of its SID tokens, in the input table and, if it is another, the output's.
+
+    Give the optimizer no weight decay: it would move rows that have no gradient.
+    """
+    tables = [policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight]
+    keep = torch.zeros(len(tables[0]), 1, device=policy.device)
+    keep[_sid_token_ids(policy)] = 1
+    policy.model.requires_grad_(False)
+    handles = []
+    for table in tables if tables[0] is not tables[1] else tables[:1]:
+        table.requires_grad_(True)
+        handles.append(table.register_hook(lambda grad: grad * keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        policy.model.requires_grad_(True)
+
+
+def _sid_token_ids(policy: Policy) -> list[int]:
+    words = policy.text_tokenizer.get_added_vocab()
+    return sorted(words[word] for word in policy.surface.tokens(policy.codebook_sizes) if word in words)
 
 
 def require_peft() -> None:

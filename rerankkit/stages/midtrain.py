@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rerankkit.config import Midtrain, PretrainedPolicy, ScratchPolicy
@@ -53,7 +54,10 @@ def midtrain(
         raise RunFailed(f"midtrain: no user has two training steps before {listed}; {advice}.")
     policy = open_policy(base, histories, tuple(items.values()), info)
     policy.extend(sids.codebook_sizes, info.surface, info.seed)
-    draw = TaskDrawer(policy, config, histories, tuple(items.values()))
+    documents = histories, tuple(items.values())
+    if config.new_tokens.steps:
+        _teach_new_tokens(policy, config, documents, info)
+    draw = TaskDrawer(policy, config, *documents)
 
     def batch(step: int) -> list[TrainSequence]:
         return draw.batch(random.Random(f"{info.seed} midtrain {step}"), config.tokens_per_step)
@@ -61,6 +65,28 @@ def midtrain(
     with adapting(policy, base.lora if isinstance(base, PretrainedPolicy) else None, info):
         train(policy, batch, config.steps, config, info, what="mid-training")
     return policy
+
+
+def _teach_new_tokens(
+    policy: Policy, config: Midtrain, documents: tuple[Sequence[Sequence[Item]], Sequence[Item]], info: RunInfo
+) -> None:
+    """The rows of SID tokens learn alone, before everything learns. Its steps are not logged: they would be counted
+    as the first of mid-training. After a kill it is done again, if it was not done, or for nothing.
+    """
+    from rerankkit.lm import only_sid_rows
+
+    new = config.new_tokens
+    # a decay would pull at the rows that are to stay
+    changes = {"steps": new.steps, "learning_rate": new.learning_rate, "mix": new.mix, "weight_decay": 0.0}
+    schedule = config.model_copy(update=changes)
+    draw = TaskDrawer(policy, schedule, *documents)
+
+    def batch(step: int) -> list[TrainSequence]:
+        return draw.batch(random.Random(f"{info.seed} new tokens {step}"), config.tokens_per_step)
+
+    apart = replace(info, work=info.work / "new-tokens" if info.work else None, log=lambda metrics: None)
+    with only_sid_rows(policy):
+        train(policy, batch, new.steps, schedule, apart, what="new tokens")
 
 
 def open_policy(

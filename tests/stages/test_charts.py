@@ -22,6 +22,12 @@ def test_any_numbers_draw_a_figure_inside_its_frame_or_none(points: list[tuple[f
     assert (figure == "") == (not any(math.isfinite(y) for _, y in charts.thin(points)))
 
 
+def test_nothing_but_zeros_has_an_axis_of_its_own() -> None:
+    """Entropy, say, drawn from 0 upwards, of a run in which it was 0 throughout."""
+    figure = charts.line_chart({"a": [(1, 0.0), (2, 0.0)]}, "t", "y", (0.0, 0.0))
+    assert "<path" in figure
+
+
 def test_a_line_breaks_where_numbers_are_missing() -> None:
     figure = charts.line_chart({"a": [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, 4.0)]}, "t", "y")
     assert figure.count("<path") == 2

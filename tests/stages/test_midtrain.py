@@ -3,11 +3,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from rerankkit.config import Midtrain, TaskMix
+from rerankkit.config import Midtrain, NewTokens, TaskMix
 from rerankkit.errors import RunFailed
 from rerankkit.lm import packed_logps
 from rerankkit.lm.sequences import document_sequence
@@ -124,3 +125,34 @@ def test_the_sequence_task_asks_for_the_step_after_a_history(shop: Shop) -> None
         for end in range(1, len(history))
     ]
     assert found in possible
+
+
+def test_new_tokens_learn_first_and_alone(shop: Shop) -> None:
+    """With no mid-training after it: the rows of SID tokens have moved, everything else is as the base has it."""
+    first = NewTokens(steps=4, learning_rate=1e-2)
+    config = Midtrain(steps=0, tokens_per_step=200, warmup_steps=0, new_tokens=first)
+
+    bare = midtrain(Midtrain(steps=0), SMALL, shop.dataset, shop.sids, 1, info=RunInfo(seed=1))
+    policy = midtrain(config, SMALL, shop.dataset, shop.sids, 1, info=RunInfo(seed=1))
+
+    old = len(policy.text_tokenizer) - len(SidSurface().tokens((16, 16)))
+    before, after = bare.model.state_dict(), policy.model.state_dict()
+    for name, tensor in after.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(tensor[:old], before[name][:old])
+            assert (tensor[old:] != before[name][old:]).any(1).float().mean() > 0.9
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert all(parameter.requires_grad for parameter in policy.model.parameters())
+
+
+def test_new_tokens_are_taught_the_same_after_a_kill(shop: Shop, tmp_path: Path) -> None:
+    config = Midtrain(steps=4, tokens_per_step=150, warmup_steps=0, checkpoint_every=2, new_tokens=NewTokens(steps=4))
+    made = [
+        midtrain(config, SMALL, shop.dataset, shop.sids, 1, info=RunInfo(seed=1, work=work)).model.state_dict()
+        for work in (None, tmp_path, tmp_path)  # the third finds the checkpoints of the second
+    ]
+
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "new-tokens"}
+    for other in made[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in made[0].items())

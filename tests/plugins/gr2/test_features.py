@@ -217,7 +217,8 @@ def test_evidence_is_weighed_and_cited() -> None:
     assert lessons.evidence == ("alike", "brand")
     assert lessons.weights[-2] == pytest.approx(0.8, abs=0.15)  # the one that made the choices
     example = replace(examples[0], evidence=tuple({"alike": value, "brand": int(value > 8)} for value in (2, 9, 0, 0)))
-    reply = answer(Request(example, PromptStyle(fields=()), SidSurface(), 0.0, 0), lessons)
+    surface = SidSurface(facts=("alike", "brand"))
+    reply = answer(Request(example, PromptStyle(fields=()), surface, 0.0, 0), lessons)
     first, second = (SidSurface().text(item.sid) for item in example.candidates[:2])
-    assert reply.order[0] == 1 and reply.reasoning == f"most alike: {second}. best: {second} alike 9 brand 1."
+    assert reply.order[0] == 1 and reply.reasoning == f"most alike: {second}. best: {second} <alike_9><brand_1>."
     assert first not in reply.reasoning

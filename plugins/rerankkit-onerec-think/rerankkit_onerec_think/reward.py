@@ -1,0 +1,42 @@
+"""The rollout-beam reward: how near the best of a rationale's beams comes to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal
+
+from rerankkit import NotApplicable, Outcome, Reward, Rollout, Sid, SidSurface
+from rerankkit.text.answers import RANKING_KEY
+
+
+@dataclass(frozen=True)
+class RolloutBeam:
+    """R = max over the answer's first K SIDs s of sum_l 1[s_l = s*_l] (2510.11639, the rollout-beam reward).
+
+    With `prefix` the sum ends at the first code that differs. 0 for an answer that lists nothing. Part: `hit`, whether
+    the target itself is among the K.
+    """
+
+    beams: int
+    match: Literal["positional", "prefix"] = "positional"
+    surface: SidSurface = SidSurface()  # noqa: RUF009 (frozen)
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        """One outcome for each rollout, in order."""
+        return [self._one(rollout) for rollout in rollouts]
+
+    def _one(self, rollout: Rollout) -> Outcome:
+        place = rollout.example.target_index
+        if place is None:
+            return NotApplicable("no candidate is relevant")
+        target = rollout.example.candidates[place].sid
+        _, key, listed = rollout.text.rpartition(RANKING_KEY)
+        found = self.surface.find(listed)[: self.beams] if key else []
+        return Reward(max((float(self.common(sid, target)) for sid in found), default=0.0), {"hit": target in found})
+
+    def common(self, sid: Sid, target: Sid) -> int:
+        """Codes that both have: in the same places, or before the first that differs."""
+        same = [a == b for a, b in zip(sid, target, strict=False)]
+        return sum(same) if self.match == "positional" else len(list(takewhile(bool, same)))
