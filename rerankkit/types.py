@@ -153,14 +153,14 @@ class Rollout:
     """`token_ids[:n]` is reasoning, the rest is the answer."""
     group: int = 0
     """Rollouts of one group share one prompt and are compared with one another."""
-    shown: tuple[int, ...] = ()
-    """The order in which the prompt listed the candidates, as positions in `example.candidates`; empty: as given. The
-    ranking is of the example's own positions either way."""
     origin: Literal["sample", "beam"] = "sample"
     beam_rank: int = 0
     """0 is the best beam; meaningless for samples."""
     truncated: bool = False
     """True when the length limit, not the model, ended it."""
+    shown: tuple[int, ...] = ()
+    """The order in which the prompt listed the candidates, as positions in `example.candidates`; empty: as given. The
+    ranking is of the example's own positions either way."""
 
 
 @dataclass(frozen=True, slots=True)

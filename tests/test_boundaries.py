@@ -15,8 +15,8 @@ CORE = sorted((ROOT / "rerankkit").rglob("*.py"))
 PLUGIN = sorted((ROOT / "plugins" / "rerankkit_gr2").rglob("*.py"))
 
 LAYERS = {
+    "errors": -1,
     "types": 0,
-    "errors": 0,
     "math": 0,
     "protocols": 1,
     "text": 1,

@@ -101,7 +101,7 @@ def test_plugins_list_with_a_broken_plugin(call: Call, tmp_path: Path) -> None:
 def test_plugins_show_tells_every_setting(call: Call) -> None:
     code, out, _ = call("plugins", "show", "ndcg")
     assert code == 0
-    assert "reward ndcg  (gr2, rerankkit 0.1.0)\nNDCG@k of the answered order.\n" in out
+    assert "reward ndcg  (gr2, rerankkit 0.1.0)\nNDCG@k of the answered order, gain 2^relevance - 1" in out
     assert "  k = 10    int\n      Depth.\n" in out
 
     shown = json.loads(call("plugins", "show", "reward/ndcg", "--json")[1])
@@ -113,8 +113,9 @@ def test_plugins_show_of_something_unknown_and_of_something_broken(call: Call, t
 
     assert call("plugins", "show", "ncdg2")[::2] == (
         2,
-        "error: no part is named 'ncdg2'; known: cispo, dapo, dr-grpo, format, gr2, gr2-unconditional, grpo, gspo, "
-        "ndcg, rank-promotion, rejection, residual-kmeans, rqvae, targeted, trl, verifiers, verl. "
+        "error: no part is named 'ncdg2'; known: auc, cispo, citations, dapo, dr-grpo, exact-first, format, gr2, "
+        "gr2-unconditional, grpo, gspo, ndcg, rank-promotion, reasoning-length, reciprocal-rank, rejection, "
+        "residual-kmeans, rqvae, target-logp, targeted, trl, verifiers, verl. "
         "Did you mean 'ndcg'?\n",
     )
     code, _, err = call("plugins", "show", "broken", "--file", "broken.py")

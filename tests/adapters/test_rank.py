@@ -10,15 +10,16 @@ from rerankkit.adapters import Document, Reranker
 from rerankkit.data.lists import CandidateLists
 from rerankkit.errors import DataError
 from rerankkit.stages.rankings import Rankings
+from rerankkit.store import finished_stage
 
 
 @pytest.fixture(scope="module")
 def reranker(tiny_run: Path) -> Reranker:
-    return Reranker(tiny_run, device="cpu")
+    return Reranker(tiny_run, policy="rl", device="cpu")
 
 
 def test_items_by_id_are_ranked_as_the_run_ranked_them(reranker: Reranker, tiny_run: Path) -> None:
-    own = Rankings.load(tiny_run / "stages" / "10-rank-rl")
+    own = Rankings.load(finished_stage(tiny_run, "rank-rl"))
     one = next(
         x for x in CandidateLists.load(tiny_run / "stages" / "4-candidates").of("test") if x.example_id in own.rankings
     )

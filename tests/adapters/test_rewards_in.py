@@ -208,15 +208,15 @@ def built(block: dict[str, Any]) -> Any:
 
 
 def test_a_config_names_a_function_in_a_file_or_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rewards.py").write_text(SOURCE)
+    (tmp_path / "functions_of_others.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
-    file = f"{tmp_path}/my_rewards.py"
+    file = f"{tmp_path}/functions_of_others.py"
 
     rewards = [
         built({"use": "trl", "function": f"{file}:best_first"}),
-        built({"use": "trl", "function": "my_rewards:best_first"}),
+        built({"use": "trl", "function": "functions_of_others:best_first"}),
         built({"use": "verl", "function": f"{file}:score", "data_source": "shop"}),
-        built({"use": "verifiers", "function": "my_rewards:rate", "columns": {"label": "target_id"}}),
+        built({"use": "verifiers", "function": "functions_of_others:rate", "columns": {"label": "target_id"}}),
     ]
 
     rollouts: list[Rollout] = [FIRST, LAST]

@@ -248,6 +248,7 @@ def test_what_holds_no_sids_cannot_be_kept(old: Path, tmp_path: Path) -> None:
     assert f"{run}: its stage sids is still to do; `rerankkit run {run}/config.json --until sids`" in refused(run)
     work = run / "stages" / "2-sids.work"
     work.mkdir(parents=True)
+    (work / "stage.json").write_text('{"fingerprint": "some"}')
     assert "its stage sids is unfinished" in refused(run)
     stage = work.rename(run / "stages" / "2-sids")
     (stage / "stage.json").write_text(json.dumps({"fingerprint": "f"}))
