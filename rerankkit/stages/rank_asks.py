@@ -201,7 +201,7 @@ class Ranker:
         dataset = Dataset.load(current_stage(self.run, "data"))
         new = [item for item_id, item in items.items() if item_id not in dataset.item_rows]
         refit = read_json(self.run / "config.json")["candidates"].get("refit", True)
-        evidence = Evidence(replace(dataset, items=(*dataset.items, *new)), self.policy.surface.facts, refit=refit)
+        evidence = Evidence(dataset, self.policy.surface.facts, refit=refit, new=new)
         histories = [[item.item_id for item in example.history] for example in examples]
         listed = [[item.item_id for item in example.candidates] for example in examples]
         found = evidence.about(histories, listed)
