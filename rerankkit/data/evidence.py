@@ -40,9 +40,7 @@ class Evidence:
     kind      how many category levels, from the broadest, the candidate shares with the last item: 0 to 9
     """
 
-    def __init__(
-        self, dataset: Dataset, names: Sequence[str], *, refit: bool = True, new: Sequence[Item] = ()
-    ) -> None:
+    def __init__(self, dataset: Dataset, names: Sequence[str], *, refit: bool = True, new: Sequence[Item] = ()) -> None:
         """`new` are items beyond the dataset's; they change nothing for the others."""
         self.names = tuple(names)
         self._num_fitted = len(dataset.items)

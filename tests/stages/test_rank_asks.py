@@ -289,7 +289,9 @@ def test_what_does_not_fit_the_policy_is_named_before_anything_is_ranked(
 
 def test_by_place_with_evidence_the_runs_own_lists_get_its_own_answers(placed_run: Path) -> None:
     lists = CandidateLists.load(finished_stage(placed_run, "candidates")).of("test")
-    asks = {one.example_id: {"id": one.example_id, "history": one.history, "candidates": one.candidates} for one in lists}
+    asks = {
+        one.example_id: {"id": one.example_id, "history": one.history, "candidates": one.candidates} for one in lists
+    }
     for name in ("mid-train", "sft", "rl"):
         own = Rankings.load(finished_stage(placed_run, f"rank-{name}"))
         answers = Ranker.load(placed_run, name, device="cpu").rank([asks[key] for key in own.rankings])
