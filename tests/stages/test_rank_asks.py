@@ -303,7 +303,10 @@ def test_more_candidates_than_places_are_named_before_anything_is_ranked(
     placed_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = list(SidMap.load(finished_stage(placed_run, "sids")).sids)[:12]
-    asks = [{"history": [], "candidates": every[:3]}, {"id": "long", "history": [], "candidates": every}]
+    asks: list[dict[str, Any]] = [
+        {"history": [], "candidates": every[:3]},
+        {"id": "long", "history": [], "candidates": every},
+    ]
     # mid-training ranks by SIDs, and needs no places
     _, answer = Ranker.load(placed_run, "mid-train", device="cpu").rank(asks)
     assert sorted(answer.order) == list(range(12))
