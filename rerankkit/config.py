@@ -203,6 +203,12 @@ class Prompt(Block):
     """How answers name candidates: by SID, as GR2 does, or by place in the list (`<c_1>`), which small policies learn
     much sooner."""
 
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if len(set(self.evidence)) < len(self.evidence):
+            raise ValueError(f"evidence is {list(self.evidence)}: name each fact once")
+        return self
+
 
 class _Policy(Block):
     prompt: Prompt = Field(default_factory=Prompt)

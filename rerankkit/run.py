@@ -73,13 +73,14 @@ def stages(folder: RunFolder) -> tuple[Any, ...]:
     lora = c.policy.lora if isinstance(c.policy, PretrainedPolicy) else None
     held_out, cut = 1 + c.candidates.earlier_steps, c.data.max_history
     facts = list(c.policy.prompt.evidence)
+    places = (folder.surface.places,) if folder.surface.places else ()
     data = stage("data", make_dataset, Dataset.load, c.data, tables)
     drawn = gated(draw_sids, folder)
     sids = stage("sids", drawn, SidMap.load, c.tokenizer, c.sids, c.data.embeddings, data, recipe)
-    mid = together("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out)
+    mid = together("midtrain", midtrain, load_policy, c.midtrain, c.policy, data, sids, held_out, told=places)
     own = (sids, mid) if c.candidates.use == "policy" else (None, None)
     lists = stage("candidates", make_candidates, CandidateLists.load, c.candidates, cut, tables, data, *own, facts)
-    traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists)
+    traces = stage("traces", write_traces, Traces.load, c.teacher, data, sids, lists, told=places)
     sft = together("sft", fine_tune, load_policy, c.sft, data, sids, lists, traces, mid, lora)
     learnt = (c.optimizer, c.reward, data, sids, lists, sft, lora, c.gate.keep_every)
     rl = together("rl", watching(reinforce, folder), load_policy, *learnt)

@@ -120,18 +120,20 @@ class RunFolder:
         loader: Callable[[Path], A],
         *arguments: Any,
         together: bool = False,
+        told: Sequence[Any] = (),
     ) -> Artifact[A]:
         """Do a stage, or find it done.
 
         `make(*arguments, info)` is called with every Artifact among the arguments loaded and every ChosenPart built:
         by the main process while the others wait, or, with `together`, by all of them. Only the main one writes.
+        `told` is what the result depends on besides, since `info` tells of it.
         """
         if self.until and self.until in self.fingerprints:
             raise StoppedEarlyError(self.until)
         number = len(self.fingerprints) + 1
         folder = self.path / "stages" / f"{number}-{name}"
         work = folder.with_suffix(".work")
-        fingerprint = _digest([FORMAT, name, self.config.seed, *map(self._identity, arguments)])
+        fingerprint = _digest([FORMAT, name, self.config.seed, *map(self._identity, arguments), *told])
         artifact = Artifact(folder, fingerprint, loader)
         self.fingerprints[name] = fingerprint
         if self.plan:
@@ -166,9 +168,11 @@ class RunFolder:
                 processes.decide(lambda: keep(made()))
         return artifact
 
-    def together(self, name: str, make: Callable[..., A], loader: Callable[[Path], A], *arguments: Any) -> Artifact[A]:
+    def together(
+        self, name: str, make: Callable[..., A], loader: Callable[[Path], A], *arguments: Any, told: Sequence[Any] = ()
+    ) -> Artifact[A]:
         """`stage`, for one that shares its work among all processes of the run."""
-        return self.stage(name, make, loader, *arguments, together=True)
+        return self.stage(name, make, loader, *arguments, together=True, told=told)
 
     def _begin(self, name: str, folder: Path, work: Path, fingerprint: str) -> bool:
         """Say how a stage stands and make its work folder ready; False if there is nothing to do."""
@@ -207,6 +211,13 @@ class RunFolder:
         """How long each finished stage took."""
         return {status.name: status.seconds for status in read_status(self.path) if status.seconds is not None}
 
+    @property
+    def surface(self) -> SidSurface:
+        """How items, places and evidence are spelled in this run."""
+        prompt = self.config.policy.prompt
+        places = self.config.candidates.size if prompt.cite == "place" else 0
+        return SidSurface(places=places, facts=prompt.evidence)
+
     def info(self, stage: str, work: Path) -> RunInfo:
         """What the stage's parts are told."""
 
@@ -215,9 +226,7 @@ class RunFolder:
                 file.write(json.dumps({"stage": stage, **metrics}) + "\n")
             self.track({f"{stage}/{key}": value for key, value in metrics.items()})
 
-        prompt = self.config.policy.prompt
-        places = self.config.candidates.size if prompt.cite == "place" else 0
-        surface, precision = SidSurface(places=places, facts=prompt.evidence), self.config.policy.precision
+        surface, precision = self.surface, self.config.policy.precision
         told: dict[str, Any] = {}
         if processes.is_main():
             told = {"log": log} if self.progress is None else {"log": log, "progress": self.progress}

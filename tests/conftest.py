@@ -38,3 +38,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     Pipeline(config=ROOT / "tests" / "tiny.toml").run(folder, progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def placed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, cited by place and with every kind of evidence, in prompts that RL shuffles."""
+    from rerankkit.pipeline import Pipeline
+
+    folder = tmp_path_factory.mktemp("runs") / "placed"
+    Pipeline(config=ROOT / "tests" / "placed.toml").run(folder, progress=False)
+    return folder

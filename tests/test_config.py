@@ -169,6 +169,11 @@ def test_text_that_is_no_toml(tmp_path: Path, content: bytes, said: str) -> None
     assert any(part in str(caught.value) for part in said.split("|"))
 
 
+def test_each_kind_of_evidence_is_named_once(tmp_path: Path) -> None:
+    [fault] = faults(tmp_path, "[policy.prompt]\nevidence = ['alike', 'brand', 'alike']\n")
+    assert fault == "1: policy.prompt: evidence is ['alike', 'brand', 'alike']: name each fact once."
+
+
 def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_bytes(b"\xef\xbb\xbfseed = 4\n")

@@ -110,6 +110,17 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(undisturbed: Path, 
     assert redone == ["rl", "gate", "rank-rl", "rank-exported"]
 
 
+def test_longer_lists_need_a_policy_of_more_places(placed_run: Path, tiny_run: Path) -> None:
+    from rerankkit.config import find_plugins, load_config, make_config
+    from rerankkit.run import plan
+
+    for run, file, state in ((placed_run, "placed.toml", "to do"), (tiny_run, "tiny.toml", "done")):
+        for size, expected in ((10, "done"), (12, state)):
+            raw, _ = load_config(ROOT / "tests" / file, [f"candidates.size={size}"])
+            states = plan(make_config(raw, find_plugins(raw)), run)
+            assert states["midtrain"] == expected, (file, size)
+
+
 def test_a_second_process_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
     first = start(tmp_path / "run")
     while not (tmp_path / "run" / "holder.json").exists():

@@ -30,7 +30,7 @@ from rerankkit.store import (
     read_status,
     write_text,
 )
-from rerankkit.types import RunInfo
+from rerankkit.types import RunInfo, SidSurface
 
 CONFIG = make_config({}, load_plugins(only="gr2"))
 
@@ -411,6 +411,13 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
             folder.stage("rl", use_rewards, Note.load, (part_that_raises(ZeroDivisionError(), False, "rerankkit"),))
         with pytest.raises(KeyError):  # a stage's own, with a part at hand that is not to blame
             folder.stage("x", lambda rewards, info: raises(KeyError("k")), Note.load, (part_that_raises(ValueError()),))
+
+
+def test_a_run_spells_what_its_prompts_show(tmp_path: Path) -> None:
+    raw = {"candidates": {"size": 7}, "policy": {"prompt": {"cite": "place", "evidence": ["brand"]}}}
+    folder = RunFolder(tmp_path, make_config(raw, load_plugins()))
+    assert folder.surface == SidSurface(places=7, facts=("brand",)) == folder.info("sft", tmp_path).surface
+    assert RunFolder(tmp_path, make_config({}, load_plugins())).surface == SidSurface()
 
 
 def test_what_only_saves_memory_leaves_stages_done(tmp_path: Path) -> None:

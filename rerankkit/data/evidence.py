@@ -40,9 +40,11 @@ class Evidence:
     kind      how many category levels, from the broadest, the candidate shares with the last item: 0 to 9
     """
 
-    def __init__(self, dataset: Dataset, names: Sequence[str], *, refit: bool = True) -> None:
+    def __init__(self, dataset: Dataset, names: Sequence[str], *, refit: bool = True, new: Sequence[Item] = ()) -> None:
+        """`new` are items beyond the dataset's; they change nothing for the others."""
         self.names = tuple(names)
-        self._dataset = dataset
+        self._num_fitted = len(dataset.items)
+        self._dataset = dataset = replace(dataset, items=(*dataset.items, *new))
         self._sequences = Sequences(dataset, 0)
         self._refit = refit
         self._counted: dict[str, sp.csr_matrix] = {}
@@ -98,7 +100,7 @@ class Evidence:
             "brand": _total(shape, number, spot, known & (self._brands[item] == self._brands[seen])),
             "kind": _most(shape, number[back == 0], spot[back == 0], self._shared(item, seen)[back == 0]),
         }
-        values["together"] -= self._own(shape, listed, steps, rows)
+        values["together"] -= self._own(shape, listed, [len(shown) for shown in latest], steps, rows)
         scaled = {
             "alike": np.clip(10 * values["alike"], 0, 9),
             "last": np.clip(10 * values["last"], 0, 9),
@@ -114,14 +116,18 @@ class Evidence:
 
     @cached_property
     def _texts(self) -> sp.csr_matrix:
-        """TF-IDF of single words, unit rows [M, V]; not reduced, since here the rare words are what counts."""
+        """TF-IDF of single words, unit rows [M, V]; not reduced, since here the rare words are what counts.
+
+        Which words are rare, the dataset's own items say.
+        """
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         weigh = TfidfVectorizer(sublinear_tf=True, token_pattern=r"[^\W\d_]{3,}", dtype=np.float32)
         texts = [item_text(item) for item in self._dataset.items]
-        if not any(re.search(r"[^\W\d_]{3,}", text) for text in texts):
+        own = texts[: self._num_fitted]
+        if not any(re.search(r"[^\W\d_]{3,}", text) for text in own):
             return sp.csr_matrix((len(texts), 1), dtype=np.float32)
-        return sp.csr_matrix(weigh.fit_transform(texts))
+        return sp.csr_matrix(weigh.fit(own).transform(texts))
 
     def _count(self, rows: str) -> sp.csr_matrix:
         """[M, M]: how many users have both within the window, counted up to the end of `rows`."""
@@ -139,9 +145,17 @@ class Evidence:
         return self._counted[rows]
 
     def _own(
-        self, shape: tuple[int, int], listed: list[list[int]], steps: Sequence[tuple[str, int]], rows: str
+        self,
+        shape: tuple[int, int],
+        listed: list[list[int]],
+        num_latest: Sequence[int],
+        steps: Sequence[tuple[str, int]],
+        rows: str,
     ) -> NDArray[np.float64]:
-        """What the listed user's own counted steps from the listed one on add to `together`."""
+        """What the listed user's own counted steps from the listed one on add to `together`.
+
+        Exactly, since no history holds an item twice.
+        """
         own = np.zeros(shape)
         for number, (user_id, step) in enumerate(steps):
             if user_id not in self._sequences.rows:
@@ -150,8 +164,8 @@ class Evidence:
             later = self._sequences.histories[row][step : min(self._sequences.ends[rows][row], step + WINDOW)]
             for after, item in enumerate(later.tolist()):
                 if item in listed[number]:
-                    # of the items at step - 3 to step - 1 those within the window of step + after
-                    own[number, listed[number].index(item)] += max(0, min(LATEST, step, WINDOW - after))
+                    # of the latest items, at step - 1 and before, those within the window of step + after
+                    own[number, listed[number].index(item)] += max(0, min(num_latest[number], WINDOW - after))
         return own
 
     def _shared(self, item: NDArray[np.int64], seen: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from rerankkit.stages.scorecard import scorecard_facts
 from rerankkit.stages.watch import watch_facts
 from rerankkit.stages.wording import plain
 from rerankkit.store import Artifact, RunFolder, manifest, read_metrics, write_json
-from rerankkit.types import Ranking, RerankExample, SidSurface
+from rerankkit.types import Ranking, RerankExample
 
 if TYPE_CHECKING:
     from rerankkit.data.dataset import Dataset
@@ -92,7 +92,7 @@ def report_run(
         example_card(
             examples[i],
             {name: (answers[name].reasoning[examples[i].example_id], systems[name][i]) for name in columns},
-            SidSurface(),
+            folder.surface,
         )
         for i in shown
     ]

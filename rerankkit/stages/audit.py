@@ -20,6 +20,8 @@ Group: TypeAlias = Sequence[Rollout]
 
 SURE = 3.0
 """Standard errors by which a mean must exceed 0 to count: some thirty exploits are looked at."""
+UNSURE = 2.0
+"""Standard errors beyond which a mean that is not sure to exceed 0 may well do."""
 COPY = "copy"
 """The exploit that hands the given order back; there must be one."""
 _SAME = 1e-6  # rewards closer than this are one reward, as for advantages
@@ -85,6 +87,12 @@ class Finding:
     def pays(self) -> bool:
         """It earns more than ranking better does, or has an advantage over ranking as well, and ranks no better."""
         return (self.gain.positive or self.advantage.positive) and not self.lift.positive
+
+    @property
+    def may_pay(self) -> bool:
+        """It would pay if two standard errors were enough: there are too few asks to say."""
+        some = any(mean.count and mean.value > UNSURE * mean.error + _SAME for mean in (self.gain, self.advantage))
+        return some and not self.pays and not self.lift.positive
 
     def sentence(self) -> str:
         """Of one that pays: what it does, and what that earns."""
@@ -155,6 +163,11 @@ class Audit:
             told.append(f"{COPY} has an advantage over honest answers of these skills: {', '.join(worse)}.")
         if self.passed:
             told.append(f"None of {len(self.findings)} exploits pays.")
+        if close := [finding for finding in self.findings if finding.may_pay]:
+            told.append(
+                f"{', '.join(f.name for f in close)} may pay, by two standard errors though not by three: more asks or "
+                "larger groups would tell."
+            )
         failing = [f for f in self.findings if f.failed]
         if failing:
             told.append(

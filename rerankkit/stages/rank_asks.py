@@ -201,7 +201,7 @@ class Ranker:
         dataset = Dataset.load(current_stage(self.run, "data"))
         new = [item for item_id, item in items.items() if item_id not in dataset.item_rows]
         refit = read_json(self.run / "config.json")["candidates"].get("refit", True)
-        evidence = Evidence(replace(dataset, items=(*dataset.items, *new)), self.policy.surface.facts, refit=refit)
+        evidence = Evidence(dataset, self.policy.surface.facts, refit=refit, new=new)
         histories = [[item.item_id for item in example.history] for example in examples]
         listed = [[item.item_id for item in example.candidates] for example in examples]
         found = evidence.about(histories, listed)
@@ -236,7 +236,8 @@ class Ranker:
             for place, item in enumerate(items)
             if item.item_id in refused
         )
-        others = f" Nor are {len(refused) - 1:,} others of this file." if len(refused) > 1 else ""
+        more = len(refused) - 1
+        others = f" Nor {'is 1 other' if more == 1 else f'are {more:,} others'} of this file." if more else ""
         what = "is no item of" if item.title else "is no item of, and comes without a title for,"
         return DataError(
             f"{ask.where}: {key}: {item.item_id!r} {what} {self.run}, which has {len(self.sids.sids):,}.{others} Leave "
@@ -252,8 +253,8 @@ class Ranker:
         if self.how == "score" or not example.candidates:
             return
         longest = self.evaluate.max_new_tokens
-        prompt = self.policy.prompt_ids(rerank_messages(example, self.policy.surface, self.policy.style))
         try:
+            prompt = self.policy.prompt_ids(rerank_messages(example, self.policy.surface, self.policy.style))
             self.policy.check_length(len(prompt) + longest)
             if self.evaluate.constrain:
                 answer_mask(self.policy, example, longest)
@@ -261,6 +262,8 @@ class Ranker:
             raise DataError(f"{ask.where}: {error}") from error
 
     def _cited(self, said: str, example: RerankExample) -> dict[str, str]:
+        if not said:  # and where nothing is said, there may be fewer places than candidates
+            return {}
         surface = self.policy.surface
         names = {surface.text(item.sid): item.item_id for item in (*example.history, *example.candidates)}
         names |= dict(zip(surface.names(example), (item.item_id for item in example.candidates), strict=True))

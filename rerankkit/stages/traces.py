@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rerankkit.errors import RunFailed
 from rerankkit.protocols import Teacher
 from rerankkit.store import drop_half_line
-from rerankkit.types import RerankExample, RunInfo, Trace, TraceFailure
+from rerankkit.types import RerankExample, RunInfo, SidSurface, Trace, TraceFailure
 
 if TYPE_CHECKING:
     from rerankkit.data.dataset import Dataset
@@ -62,7 +62,7 @@ def write_traces(teacher: Teacher, dataset: Dataset, sids: SidMap, lists: Candid
     missing = [example for example in examples if example.example_id not in answers]
     asked = {example.example_id: example for example in missing}
     for given in teacher.write(missing, info):
-        answer = _checked(given, asked)
+        answer = _checked(given, asked, info.surface)
         answers[answer.example_id] = answer
         if store:
             with store.open("a", encoding="utf-8") as file:
@@ -80,13 +80,23 @@ def write_traces(teacher: Teacher, dataset: Dataset, sids: SidMap, lists: Candid
     return Traces(kept, failures, tuple(_acceptance(examples, kept)))
 
 
-def _checked(answer: Trace | TraceFailure, asked: Mapping[str, RerankExample]) -> Trace | TraceFailure:
-    """The answer, or a failure in place of a trace that nobody could learn from. Raises RunFailed for a stranger's."""
+def _checked(
+    answer: Trace | TraceFailure, asked: Mapping[str, RerankExample], surface: SidSurface
+) -> Trace | TraceFailure:
+    """The answer, or a failure in place of a trace that nobody could learn from. Raises RunFailed for a stranger's.
+
+    What it cites by place is cited by SID from here on: fine-tuning may list the candidates in another order.
+    """
     if answer.example_id not in asked:
         raise RunFailed(f"teacher: answered {answer.example_id!r}, which it was not asked. Its plugin is at fault.")
     size = len(asked[answer.example_id].candidates)
     if isinstance(answer, Trace) and sorted(answer.order) != list(range(size)):
         return TraceFailure(answer.example_id, f"the teacher's order is no permutation of {size} candidates")
+    if isinstance(answer, Trace) and surface.places:
+        example, said = asked[answer.example_id], answer.reasoning
+        for name, item in zip(surface.names(example), example.candidates, strict=True):
+            said = said.replace(name, surface.text(item.sid))
+        return replace(answer, reasoning=said)
     return answer
 
 

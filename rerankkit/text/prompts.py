@@ -119,6 +119,7 @@ _KNOWLEDGE = (
     "like, and seldom buy twice what lasts for years."
 )
 _CITE = "Name items by their identifier, copied exactly as given, so that each claim can be checked."
+_CITE_PLACES = "Name candidates by the mark at the end of their line, such as <c_1>, so that each claim can be checked."
 _STEPS = (
     "Reason in three short steps: 1. the broad pattern in the history; 2. which kinds of product complement or match "
     "it; 3. which candidate fits best, and why better than the others."
@@ -127,12 +128,14 @@ _FORMAT = (
     "Answer with one JSON object and nothing else, with two keys: explanation (a string with the three steps) and "
     "recommendations (a list of strings: the identifiers of all candidates, each exactly once, best first)."
 )
+_FORMAT_PLACES = _FORMAT.replace("the identifiers of all candidates", "the marks, such as <c_1>, of all candidates")
 
 
-def _system(style: PromptStyle) -> str:
+def _system(style: PromptStyle, surface: SidSurface) -> str:
     if style.terse:
         return _TERSE
-    return "\n".join([_ROLE, _CONTEXT, *([_KNOWLEDGE] if style.knowledge else []), _CITE, _STEPS, _FORMAT])
+    cite, form = (_CITE_PLACES, _FORMAT_PLACES) if surface.places else (_CITE, _FORMAT)
+    return "\n".join([_ROLE, _CONTEXT, *([_KNOWLEDGE] if style.knowledge else []), cite, _STEPS, form])
 
 
 def rerank_messages(example: RerankExample, surface: SidSurface, style: PromptStyle) -> list[Message]:
@@ -144,7 +147,7 @@ def rerank_messages(example: RerankExample, surface: SidSurface, style: PromptSt
         *(candidate_line(example, place, surface, style) for place in range(len(example.candidates))),
         "Rerank.",
     ]
-    return [{"role": "system", "content": _system(style)}, {"role": "user", "content": "\n".join(lines)}]
+    return [{"role": "system", "content": _system(style, surface)}, {"role": "user", "content": "\n".join(lines)}]
 
 
 def targeted_messages(example: RerankExample, surface: SidSurface, style: PromptStyle) -> list[Message]:

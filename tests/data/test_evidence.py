@@ -53,9 +53,11 @@ def test_categories_are_shared_from_the_broadest_on(make: Make) -> None:
     assert (b["kind"], c["kind"]) == (2, 0)
 
 
-def test_training_lists_know_nothing_of_the_listed_step_or_later(shop: Dataset) -> None:
+@pytest.mark.parametrize("max_history", [1, 2, 50])
+def test_training_lists_know_nothing_of_the_listed_step_or_later(max_history: int, shop: Dataset) -> None:
     """Attached evidence equals what a dataset without the user's steps from the listed one on says."""
-    lists = make_lists(shop, Popularity(shop, refit=False), size=4, earlier_steps=2, splits=("train",))
+    popular = Popularity(shop, refit=False)
+    lists = make_lists(shop, popular, size=4, max_history=max_history, earlier_steps=2, splits=("train",))
     made = Evidence(shop, ALL).attached(lists)
     assert made.of("train")
     for one in made.of("train"):
@@ -66,6 +68,24 @@ def test_training_lists_know_nothing_of_the_listed_step_or_later(shop: Dataset) 
         cut = Dataset(shop.items, histories, {user: (len(h), len(h)) for user, h in histories.items()})
         (facts,) = Evidence(cut, ALL).about([one.history], [one.candidates])
         assert one.evidence == facts
+
+
+def test_new_items_change_nothing_for_the_others(make: Make) -> None:
+    dataset = told(
+        make({"u1": "abcd", "u2": "abcd"}),
+        a=Item("a", "rose soap"),
+        b=Item("b", "rose water"),
+        c=Item("c", "lime soap bar"),
+        d=Item("d", "comb"),
+    )
+    asked = [("a", "b")], [("c", "d")]
+    alone = Evidence(dataset, ALL).about(*asked)
+    new = [Item(f"n{i}", "soap bar, a new one", brand="Norda") for i in range(9)]
+    # nine more soap bars would make "soap" a common word: c would be less like a
+    beside = Evidence(dataset, ALL, new=new)
+    assert beside.about(*asked) == alone and alone[0][0]["alike"] > 0
+    ((fresh,),) = beside.about([("n1",)], [("n2",)])
+    assert fresh == {"alike": 9, "last": 9, "together": 0, "brand": 1, "kind": 0}
 
 
 def test_survives_saving_and_leaves_the_digest_alone(shop: Dataset, tmp_path: object) -> None:

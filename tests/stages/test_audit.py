@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 
 from rerankkit.math.metrics import ranking_metrics
-from rerankkit.stages.audit import Audit, Mean, advantage, audit, ndcg
+from rerankkit.stages.audit import Audit, Finding, Mean, advantage, audit, ndcg
 from rerankkit.testing import make_example, make_rollout
 from rerankkit.types import Failed, NotApplicable, Outcome, Reward, Rollout
 
@@ -116,6 +116,17 @@ def test_what_ranks_better_does_not_cheat() -> None:
         ("lift", True, True, False),
         ("copy", False, False, False),
     ]
+
+
+@pytest.mark.parametrize(("advantage", "said"), [(0.31, "pays: "), (0.21, "may pay, "), (0.19, "None of 1 ")])
+def test_where_there_are_too_few_asks_to_say_that_is_said(advantage: float, said: str) -> None:
+    # a standard error of .1: sure beyond .3, open beyond .2
+    loses = Mean(-1.0, 0.1, 9)
+    tried = Mean(advantage, 0.1, 9)
+    found = Finding("copy", "copies", False, loses, loses, tried, loses, loses, Mean(0.0, 0.0, 9), 0.0)
+    told = Audit(0.5, 0.3, (), (found,), judges_order=True).sentences()
+    assert any(said in sentence for sentence in told)
+    assert ("may pay" in " ".join(told)) == (advantage == 0.21)
 
 
 def test_a_reward_that_is_blind_to_order_does_not_pass() -> None:

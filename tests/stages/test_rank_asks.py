@@ -91,7 +91,7 @@ def test_unknown_items_are_refused_by_name(ranker: Ranker, lines: list[Any]) -> 
     with pytest.raises(DataError) as refused:
         ranker.rank(asks)
     assert str(refused.value).startswith("asks[1]: candidates[1]: 'nope' is no item of, and comes without a title for")
-    assert "Nor are 1 others" in str(refused.value) and "unknown = last" in str(refused.value)
+    assert "Nor is 1 other" in str(refused.value) and "unknown = last" in str(refused.value)
 
     with pytest.raises(DataError, match=r"asks\[0\]: history\[0\]: 'nope' is no item of .*tiny, which has 240"):
         ranker.rank([{"history": [{"item_id": "nope", "title": "A comb"}], "candidates": rest}])
@@ -285,6 +285,34 @@ def test_what_does_not_fit_the_policy_is_named_before_anything_is_ranked(
     longer = {"history": [], "candidates": list(ranker.sids.sids)}
     with pytest.raises(DataError, match=r"asks\[0\]: policy: a sequence of \d+ tokens, but llama has 1024 positions"):
         ranker.rank([longer])
+
+
+def test_by_place_with_evidence_the_runs_own_lists_get_its_own_answers(placed_run: Path) -> None:
+    lists = CandidateLists.load(finished_stage(placed_run, "candidates")).of("test")
+    asks = {
+        one.example_id: {"id": one.example_id, "history": one.history, "candidates": one.candidates} for one in lists
+    }
+    for name in ("mid-train", "sft", "rl"):
+        own = Rankings.load(finished_stage(placed_run, f"rank-{name}"))
+        answers = Ranker.load(placed_run, name, device="cpu").rank([asks[key] for key in own.rankings])
+        assert {answer.id: answer.order for answer in answers} == {key: r.order for key, r in own.rankings.items()}
+        assert {answer.id: answer.reasoning for answer in answers} == own.reasoning
+
+
+def test_more_candidates_than_places_are_named_before_anything_is_ranked(
+    placed_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = list(SidMap.load(finished_stage(placed_run, "sids")).sids)[:12]
+    asks: list[dict[str, Any]] = [
+        {"history": [], "candidates": every[:3]},
+        {"id": "long", "history": [], "candidates": every},
+    ]
+    # mid-training ranks by SIDs, and needs no places
+    _, answer = Ranker.load(placed_run, "mid-train", device="cpu").rank(asks)
+    assert sorted(answer.order) == list(range(12))
+    monkeypatch.setattr(rank_asks, "generate", lambda *_, **__: pytest.fail("nothing may be ranked"))
+    with pytest.raises(DataError, match=r"asks\[1\]: long: 12 candidates, but the policy .* knows 10 places"):
+        Ranker.load(placed_run, "rl", device="cpu").rank(asks)
 
 
 # --- which policy -----------------------------------------------------------------------------------------------------

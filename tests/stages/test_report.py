@@ -409,6 +409,11 @@ def test_example_cards_turn_sids_into_titles() -> None:
     assert json.loads(json.dumps(card)) == card
 
 
+def test_example_cards_turn_places_into_titles() -> None:
+    card = example_card(example(7, 1), {"rl": ("best: <c_3>.", swapped(2, 1, 0, 3))}, SidSurface(places=4))
+    assert [piece["given"] for piece in card["systems"][0]["reasoning"]] == [None, 3, None]
+
+
 def test_an_item_without_a_title_is_called_by_its_categories() -> None:
     bare = RerankExample("e", "u", (), (Item("1", "", ("Sports", "Golf", "Balls")), Item("2", "")), (1.0, 0.0))
     assert example_card(bare, {}, SidSurface())["candidates"] == ["Golf > Balls", "untitled item"]

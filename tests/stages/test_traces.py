@@ -9,7 +9,7 @@ import pytest
 
 from rerankkit.errors import RunFailed
 from rerankkit.stages.traces import Traces, write_traces
-from rerankkit.types import RerankExample, RunInfo, Trace, TraceFailure
+from rerankkit.types import RerankExample, RunInfo, SidSurface, Trace, TraceFailure
 
 from .conftest import Shop
 
@@ -57,6 +57,20 @@ def test_every_list_that_holds_its_target_is_asked_and_kept_in_its_order(shop: S
     # `_with_target` puts the target second, popularity may have put it anywhere
     assert sum(row["asked"] for row in traces.acceptance) == len(every)
     assert sum(row["kept"] for row in traces.acceptance) == len(every) - 2
+
+
+def test_what_is_cited_by_place_is_kept_by_sid_since_places_change_with_the_order(shop: Shop, info: RunInfo) -> None:
+    class Cites:
+        def write(self, examples: Sequence[RerankExample], info: RunInfo) -> Iterator[Trace | TraceFailure]:
+            for example in examples:
+                yield Trace(example.example_id, "not <c_1>, but <c_2>. <c_77>", tuple(range(len(example.candidates))))
+
+    surface = SidSurface(places=20)
+    kept = write_traces(Cites(), shop.dataset, shop.sids, shop.lists, info=replace(info, surface=surface)).kept
+    asked = {example.example_id: example for example in shop.lists.examples(shop.items, "train")}
+    for trace in kept:
+        first, second = (surface.text(item.sid) for item in asked[trace.example_id].candidates[:2])
+        assert trace.reasoning == f"not {first}, but {second}. <c_77>"
 
 
 @pytest.mark.parametrize("half", ["", '{"example_id": "user', "{"])

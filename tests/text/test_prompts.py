@@ -76,6 +76,14 @@ def test_history_shows_the_latest_items(tame: RerankExample) -> None:
     assert rerank_messages(tame, SURFACE, PromptStyle(max_history=0))[1]["content"].startswith("History:\nCandidates:")
 
 
+def test_by_place_the_instruction_asks_for_places(tame: RerankExample) -> None:
+    by_place = SidSurface(places=10)
+    for surface, asked, other in ((by_place, "<c_1>", "identifier"), (SURFACE, "identifier", "<c_1>")):
+        said = rerank_messages(tame, surface, PromptStyle())[0]["content"]
+        assert said.count(asked) == 2 and other not in said
+    assert rerank_messages(tame, by_place, TERSE)[0] == rerank_messages(tame, SURFACE, TERSE)[0]
+
+
 def test_knowledge_priming_is_a_switch(tame: RerankExample) -> None:
     primed, plain = (rerank_messages(tame, SURFACE, PromptStyle(knowledge=k))[0]["content"] for k in (True, False))
     assert "conditioner" in primed and "conditioner" not in plain
