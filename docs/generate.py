@@ -30,7 +30,11 @@ DOCS = Path(__file__).parent
 TOP = {
     "seed": ("`0`", "Every random choice of the run derives from it."),
     "device": ('`"auto"`', "What torch runs on: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."),
-    "plugin_files": ("`[]`", "Single-file plugins to load for this run, beside those installed."),
+    "plugin_files": (
+        "`[]`",
+        "Single-file plugins to load for this run, beside those installed. Paths are relative "
+        "to the current directory, also when a run goes on: go on from the same folder, or write absolute paths.",
+    ),
     "trackers": ("`[]`", "Trackers that accelerate knows, such as `tensorboard`; `metrics.jsonl` is always written."),
 }
 HEAD = """\
