@@ -14,6 +14,7 @@ from dataclasses import fields
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import iter_modules
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,7 +31,11 @@ DOCS = Path(__file__).parent
 TOP = {
     "seed": ("`0`", "Every random choice of the run derives from it."),
     "device": ('`"auto"`', "What torch runs on: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."),
-    "plugin_files": ("`[]`", "Single-file plugins to load for this run, beside those installed."),
+    "plugin_files": (
+        "`[]`",
+        "Single-file plugins to load for this run, beside those installed. Paths are relative "
+        "to the current directory, also when a run goes on: go on from the same folder, or write absolute paths.",
+    ),
     "trackers": ("`[]`", "Trackers that accelerate knows, such as `tensorboard`; `metrics.jsonl` is always written."),
 }
 HEAD = """\
@@ -192,6 +197,9 @@ MODULES = {
     "rerankkit.testing": "For tests of parts.",
     "rerankkit.adapters": "Bridges to other libraries' shapes: [adapters](adapters.md).",
     "rerankkit.lm": "The policy's abilities, for optimizers; importing it imports torch.",
+    "rerankkit.math": "Pure functions; import the module you need.",
+    "rerankkit.text": "Prompts, answers, the parser; import the module you need.",
+    "rerankkit.gates": "Conditions, and rewards that are paid only where one holds: [gates](rewards.md#gates).",
 }
 
 
@@ -289,11 +297,25 @@ def _public_names() -> Iterator[str]:
         home = import_module(module)
         yield f"### {module}\n\n{about}\n"
         rows = []
-        for name in sorted(home.__all__, key=str.lower):
-            value = getattr(home, name)
+        for name, value in sorted(_offered(home), key=lambda one: one[0].lower()):
             named = inspect.isclass(value) or inspect.isroutine(value)
             rows.append((f"`{name}`", _first(value) if named else ""))
         yield _grid(("name", ""), rows)
+
+
+def _offered(home: Any) -> Iterator[tuple[str, Any]]:
+    """What `__all__` names; of modules without it, and of those in a package without it, what they define."""
+    if hasattr(home, "__all__"):
+        yield from ((name, getattr(home, name)) for name in home.__all__)
+        return
+    for inner in iter_modules(getattr(home, "__path__", ())):
+        module = import_module(f"{home.__name__}.{inner.name}")
+        yield from ((f"{inner.name}.{name}", value) for name, value in _offered(module))
+    tree = ast.parse(Path(home.__file__).read_text(encoding="utf-8"))
+    for node in tree.body:
+        target = getattr(node, "name", "") or getattr(getattr(node, "target", None), "id", "")
+        if target and not target.startswith("_"):
+            yield target, getattr(home, target)
 
 
 def _own_classes(module: Any) -> Iterator[tuple[str, type]]:

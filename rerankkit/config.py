@@ -557,6 +557,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     plugin_files: tuple[str, ...] = ()
+    """Relative to the current directory: go on with a run from the same folder, or write absolute paths."""
     trackers: tuple[str, ...] = field(default=())
 
     def resolved(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence naming what was possible, and the likeliest spelling if there is one."""
     import difflib
 
-    choices = sorted(known)
+    choices = sorted(set(known))
     listed = f"known: {', '.join(choices)}" if choices else "none is known"
     close = difflib.get_close_matches(word, choices, n=1)
     return f"{listed}. Did you mean {close[0]!r}?" if close else f"{listed}."

@@ -175,13 +175,16 @@ class Plugins:
         slot = next(slot for slot in self.register.slots() if slot.kind == kind)
         if name in slot.parts:
             return slot.parts[name]
-        blame = "".join(
+        hint = did_you_mean(name, slot.parts)
+        raise PluginError(f"{where}: no {kind} is named {name!r}; {hint}{self.not_in_order()}")
+
+    def not_in_order(self) -> str:
+        """For the end of an error, a line for each plugin that may be why a part is not there."""
+        return "".join(
             f"\n  plugin {p.name} ({p.distribution or 'not installed'}) is not in order: {p.error or p.warning}"
             for p in self.loaded
             if p.error or p.warning
         )
-        hint = did_you_mean(name, slot.parts)
-        raise PluginError(f"{where}: no {kind} is named {name!r}; {hint}{blame}")
 
 
 def load_plugins(files: Iterable[str | Path] = (), only: str | None = None) -> Plugins:
@@ -301,7 +304,7 @@ def _from_file(path: Path) -> _Source:
 
     def load() -> Any:
         if not path.is_file():
-            raise PluginError(f"plugin file {path} does not exist")
+            raise PluginError(f"plugin file {path.absolute()} does not exist")
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
             raise PluginError(f"plugin file {path} is not a Python file")

@@ -59,11 +59,9 @@ def show(
     if not parts:
         broken = [plugin for plugin in found.loaded if plugin.error and plugin.name == name]
         if broken:
-            raise PluginError(
-                f"plugin {name} ({broken[0].distribution} {broken[0].version}) is broken: {broken[0].error}"
-            )
+            raise PluginError(f"plugin {name} ({broken[0].distribution}) is not in order: {broken[0].error}")
         names = [part.name for slot in found.register.slots() for part in slot.parts.values()]
-        raise PluginError(f"no part is named {name!r}; {did_you_mean(name, names)}")
+        raise PluginError(f"no part is named {name!r}; {did_you_mean(name, names)}{found.not_in_order()}")
     shown: list[dict[str, Any]] = []
     for part in parts:
         shown.append(

@@ -110,7 +110,8 @@ class PluginReport:
         said = ", ".join(f"{number} {word}" for state, word in counts.items() if (number := self.count(state)))
         verdict = {0: "in order", 1: "not in order", 2: "not fully tried: give the settings it lacks"}[self.exit_code]
         lines += ["", f"**{verdict}**: {said}", ""]
-        if self.count("broken"):
+        rules = {rule.__name__ for part in self.parts for rule in RULES[part.kind]}
+        if any(check.rule in rules and check.state == "broken" for part in self.parts for check in part.checks):
             lines += ["What a part cannot keep can be declared, with the reason: `--known RULE=REASON`.", ""]
         return "\n".join(lines)
 
@@ -129,7 +130,7 @@ def examine(
     """
     known = known or {}
     plugins = load_plugins(files)
-    plugin, parts = _found(name, plugins)
+    plugin, parts = _found(name, plugins, files)
     if not plugin.error:
         rules = {rule.__name__ for part in parts for rule in RULES[part.kind]}
         rules |= {f"{part.name}.{rule.__name__}" for part in parts for rule in RULES[part.kind]}
@@ -146,7 +147,7 @@ def examine(
     return PluginReport(plugin, checks, reports)
 
 
-def _found(name: str, plugins: Plugins) -> tuple[LoadedPlugin, list[PartSpec[Any]]]:
+def _found(name: str, plugins: Plugins, files: Sequence[str]) -> tuple[LoadedPlugin, list[PartSpec[Any]]]:
     every = [part for slot in plugins.register.slots() for part in slot.parts.values()]
     for plugin in plugins.loaded:
         if plugin.name == name:
@@ -155,10 +156,8 @@ def _found(name: str, plugins: Plugins) -> tuple[LoadedPlugin, list[PartSpec[Any
     parts = [part for part in every if part.name == short and kind in ("", part.kind)]
     if not parts:
         names = [*(plugin.name for plugin in plugins.loaded), *(part.name for part in every)]
-        raise PluginError(
-            f"no plugin and no part is named {name!r}; {did_you_mean(name, names)} Install it, or load a single file "
-            "with --file."
-        )
+        hint = did_you_mean(name, names) + ("" if files else " Install it, or load a single file with --file.")
+        raise PluginError(f"no plugin and no part is named {name!r}; {hint}{plugins.not_in_order()}")
     if len({part.plugin for part in parts}) > 1:
         choices = " or ".join(f"{part.kind}/{part.name}" for part in parts)
         raise PluginError(f"several plugins have a part named {short!r}; say {choices}.")

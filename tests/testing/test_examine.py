@@ -136,6 +136,26 @@ def test_unknown_names_are_answered_with_what_there_is() -> None:
         examine("ndgc")
 
 
+def test_a_part_of_a_file_that_is_broken_is_answered_with_what_broke_it(checked) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(PluginError) as caught:
+        checked(HEAD.replace("scale: float", "weight: float"))
+
+    known, cause = str(caught.value).splitlines()
+    assert known.startswith("no plugin and no part is named 'mine'; known: ") and "--file" not in known
+    names = known.partition("known: ")[2].rstrip(".").split(", ")
+    assert len(names) == len(set(names)) and "plug" in names
+    assert cause.startswith("  plugin plug (/") and cause.endswith(
+        "is not in order: reward 'mine': a block keeps 'weight' for itself; rename that setting."
+    )
+
+
+def test_declaring_is_offered_only_for_rules_of_a_contract(checked) -> None:  # type: ignore[no-untyped-def]
+    unsaid, upside_down = HEAD.replace("    '''What a place is worth.'''\n", ""), HEAD.replace("1 - roll", "1 + roll")
+
+    assert "--known" in checked(upside_down).markdown()
+    assert checked(unsaid).exit_code == 1 and "--known" not in checked(unsaid).markdown()
+
+
 def test_the_verb_prints_markdown_or_json_and_exits_with_the_verdict(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
