@@ -238,7 +238,11 @@ class SidSurface:
 
     def told(self, evidence: Mapping[str, int]) -> str:
         """What is known about a candidate, always all of it and in one order: `<alike_7><together_2>`."""
-        return "".join(f"<{name}_{min(9, max(0, evidence.get(name, 0)))}>" for name in self.facts)
+        return "".join(self.fact(name, min(9, max(0, evidence.get(name, 0)))) for name in self.facts)
+
+    def fact(self, name: str, value: int) -> str:
+        """`<alike_7>`."""
+        return f"<{name}_{value}>"
 
     def token(self, level: int, code: int) -> str:
         """`<s_a_57>` for level 0 and code 57."""
@@ -251,7 +255,7 @@ class SidSurface:
     def tokens(self, codebook_sizes: Sequence[int]) -> list[str]:
         """Every token that SIDs over these codebooks need, in a fixed order."""
         codes = [self.token(level, code) for level, size in enumerate(codebook_sizes) for code in range(size)]
-        facts = [f"<{name}_{value}>" for name in self.facts for value in range(10)]
+        facts = [self.fact(name, value) for name in self.facts for value in range(10)]
         return [self.begin, self.end, *codes, *map(self.place, range(self.places)), *facts]
 
     def find(self, text: str) -> list[Sid]:
@@ -260,21 +264,18 @@ class SidSurface:
 
     def citations(self, text: str) -> list[str]:
         """Every well-formed SID, and every place if they are in use, as they are spelled, in order of appearance."""
-        return [spelled for _, spelled in self._cited(text) if spelled not in self._fact_tokens()]
+        return [spelled for _, spelled in self._cited(text)]
 
     def marks(self, text: str) -> list[str]:
         """As `citations`, with evidence."""
-        return [spelled for _, spelled in self._cited(text)]
+        return [spelled for _, spelled in self._cited(text, self.facts)]
 
-    def _fact_tokens(self) -> frozenset[str]:
-        return frozenset(f"<{name}_{value}>" for name in self.facts for value in range(10))
-
-    def _cited(self, text: str) -> list[tuple[Sid, str]]:
+    def _cited(self, text: str, facts: Sequence[str] = ()) -> list[tuple[Sid, str]]:
         level = rf"<{re.escape(self.prefix)}_([a-z])_(\d{{1,9}})>"
         whole = re.escape(self.begin) + rf"((?:{level})+)" + re.escape(self.end)
         found: list[tuple[Sid, str]] = []
         others = [r"<c_\d{1,9}>"] if self.places else []
-        others += [rf"<(?:{'|'.join(map(re.escape, self.facts))})_\d>"] if self.facts else []
+        others += [rf"<(?:{'|'.join(map(re.escape, facts))})_\d>"] if facts else []
         for match in re.finditer("|".join([whole, *others]), text):
             codes = re.findall(level, match.group(1) or "")
             if codes and [letter for letter, _ in codes] == [chr(ord("a") + i) for i in range(len(codes))]:
