@@ -194,11 +194,12 @@ class Prompt(Block):
     """Knowledge priming (KP): mention that purchases follow sequences."""
     terse: bool = False
     """One line of instruction in place of the full one, for small policies."""
-    evidence: tuple[Literal["alike", "last", "together", "brand", "kind"], ...] = ()
+    evidence: tuple[Literal["alike", "last", "together", "brand", "kind", "beside", "follows", "taste"], ...] = ()
     """Facts about each candidate, looked up when lists are made, without what the user did at the listed step or later;
     each is a token. How `alike` its text is to that of one of the last three items, or of the `last` one (0 to 9), how
     many users had it `together` with them (log2), how many share its `brand`, how many levels of its category (`kind`)
-    the last one shares."""
+    the last one shares. And, in a space of what is bought beside what, how near it lies to one of the three (`beside`),
+    to the last (`follows`) and to the whole history (`taste`)."""
     cite: Literal["sid", "place"] = "sid"
     """How answers name candidates: by SID, as GR2 does, or by place in the list (`<c_1>`), which small policies learn
     much sooner."""

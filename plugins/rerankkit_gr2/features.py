@@ -33,7 +33,7 @@ NAMES = ("rank", "next", "recent", "kind", "brand", "words", "price")
 """-log of the given position; log lift of the candidate's kind after the last item's, and mean after the two before it;
 shares of the history of the same kind and brand; mean share of the history that holds each title word; closeness to
 the usual price (minus the log ratio)."""
-LEADS = ("alike", "together")
+LEADS = ("alike", "together", "beside", "taste")
 """Evidence by which the reasoning names the leading candidate."""
 RIDGE = 1.0
 """Strength of the pull towards the prior, in units of one example's log-likelihood."""
@@ -344,7 +344,8 @@ def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | No
     if not path.is_file():
         kept: list[dict[str, Any]] = [
             {
-                "weights": dict(zip((*NAMES, *one.evidence), one.weights, strict=True)),
+                "weights": one.weights,
+                "evidence": one.evidence,
                 "pairs": one.pairs,
                 "bands": one.bands,
             }
@@ -359,11 +360,11 @@ def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | No
         aside.replace(path)
     return [
         Lessons(
-            tuple(one["weights"].values()),
+            tuple(one["weights"]),
             {kind: Counter(following) for kind, following in one["pairs"].items()},
             (one["bands"][0], one["bands"][1]),
             style.knowledge,
-            tuple(one["weights"])[len(NAMES) :],
+            tuple(one["evidence"]),
         )
         for one in json.loads(path.read_text(encoding="utf-8"))
     ]

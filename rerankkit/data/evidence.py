@@ -19,13 +19,21 @@ from numpy.typing import NDArray
 from rerankkit.data.dataset import Dataset
 from rerankkit.data.embed import item_text
 from rerankkit.data.lists import CandidateList, CandidateLists
-from rerankkit.data.prerank_base import Sequences, fitted_on
+from rerankkit.data.prerank_base import Sequences, fitted_on, seeded_hash
+from rerankkit.data.side import Collaborative
 from rerankkit.types import Item
 
 LATEST = 3
 """Items at the end of a history that evidence is about."""
 WINDOW = 5
 """Steps within which two items count as bought together."""
+NEAR = ("beside", "follows", "taste")
+"""Facts from a space of what is bought beside what."""
+DIM = 128
+FOLDS = 6
+"""Spaces for lists whose step is among those counted: each is fitted without the users it serves."""
+FADING = 0.7
+"""What each step back counts less in `taste`."""
 _BATCH = 2000
 
 
@@ -38,6 +46,10 @@ class Evidence:
               summed over the three), cut: 0 to 6
     brand     how many of the last three items have the candidate's brand: 0 to 3
     kind      how many category levels, from the broadest, the candidate shares with the last item: 0 to 9
+    beside    how near the candidate lies to one of the last three items in a space of what is bought beside what
+              (`Collaborative`): -1.5 log2(1 - cosine), since most cosines there are close to 1, cut: 0 to 9
+    follows   the same to the last item alone
+    taste     the same of the mean cosine to all items of the history, each step back counting FADING times less
     """
 
     def __init__(self, dataset: Dataset, names: Sequence[str], *, refit: bool = True, new: Sequence[Item] = ()) -> None:
@@ -48,6 +60,7 @@ class Evidence:
         self._sequences = Sequences(dataset, 0)
         self._refit = refit
         self._counted: dict[str, sp.csr_matrix] = {}
+        self._spaces: dict[tuple[str, int | None], NDArray[np.float32]] = {}
         brands: dict[str, int] = {"": 0}
         self._brands = np.array([brands.setdefault(item.brand.casefold(), len(brands)) for item in dataset.items])
         self._kinds = _levels(dataset.items)
@@ -101,18 +114,57 @@ class Evidence:
             "kind": _most(shape, number[back == 0], spot[back == 0], self._shared(item, seen)[back == 0]),
         }
         values["together"] -= self._own(shape, listed, [len(shown) for shown in latest], steps, rows)
+        near = self._near(shape, histories, listed, steps, rows) if set(NEAR) & set(self.names) else {}
         scaled = {
             "alike": np.clip(10 * values["alike"], 0, 9),
             "last": np.clip(10 * values["last"], 0, 9),
             "together": np.clip(np.log2(1 + np.maximum(values["together"], 0)), 0, 6),
             "brand": values["brand"],
             "kind": np.clip(values["kind"], 0, 9),
+            **{name: np.clip(-1.5 * np.log2(np.maximum(1 - cosines, 1e-6)), 0, 9) for name, cosines in near.items()},
         }
         whole = {name: np.floor(scaled[name] + 1e-6).astype(int) for name in self.names}
         return [
             tuple({name: int(whole[name][n, s]) for name in self.names} for s in range(len(some)))
             for n, some in enumerate(listed)
         ]
+
+    def _near(
+        self,
+        shape: tuple[int, int],
+        histories: Sequence[Sequence[str]],
+        listed: list[list[int]],
+        steps: Sequence[tuple[str, int]],
+        rows: str,
+    ) -> dict[str, NDArray[np.float64]]:
+        """Cosines for each of NEAR, in a space that knows nothing of the user if it counts the listed step."""
+        place, found = self._dataset.item_rows, {name: np.zeros(shape) for name in NEAR}
+        for number, (history, some, (user_id, step)) in enumerate(zip(histories, listed, steps, strict=True)):
+            if not history:
+                continue
+            row = self._sequences.rows.get(user_id)
+            counted = row is not None and step < self._sequences.ends[rows][row]
+            space = self._space(rows, seeded_hash(0, user_id) % FOLDS if counted else None)
+            cosines = (space[some] @ space[[place[i] for i in history]].T).astype(np.float64)  # [C, H]
+            fading = FADING ** np.arange(len(history))[::-1]
+            spots = slice(len(some))
+            found["beside"][number, spots] = cosines[:, -LATEST:].max(axis=1)
+            found["follows"][number, spots] = cosines[:, -1]
+            found["taste"][number, spots] = cosines @ (fading / fading.sum())
+        return found
+
+    def _space(self, rows: str, without: int | None) -> NDArray[np.float32]:
+        """Unit vectors [M, DIM] from what was counted up to the end of `rows`, except by one fold of users."""
+        if (rows, without) not in self._spaces:
+            ends = zip(self._dataset.histories.items(), self._sequences.ends[rows], strict=True)
+            seen = {
+                user: h[:end] for (user, h), end in ends if without is None or seeded_hash(0, user) % FOLDS != without
+            }
+            counted = replace(
+                self._dataset, histories=seen, splits={user: (len(h), len(h)) for user, h in seen.items()}
+            )
+            self._spaces[rows, without] = Collaborative.fit(counted, DIM).vectors(counted)
+        return self._spaces[rows, without]
 
     @cached_property
     def _texts(self) -> sp.csr_matrix:

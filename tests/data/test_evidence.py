@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rerankkit.data.dataset import Dataset
@@ -14,6 +16,7 @@ from rerankkit.types import Item
 from tests.data.conftest import Make
 
 ALL = ("alike", "last", "together", "brand", "kind")
+NEAR = ("beside", "follows", "taste")
 
 
 def told(dataset: Dataset, **items: Item) -> Dataset:
@@ -68,6 +71,37 @@ def test_training_lists_know_nothing_of_the_listed_step_or_later(max_history: in
         cut = Dataset(shop.items, histories, {user: (len(h), len(h)) for user, h in histories.items()})
         (facts,) = Evidence(cut, ALL).about([one.history], [one.candidates])
         assert one.evidence == facts
+
+
+def test_near_by_hand(make: Make) -> None:
+    # two islands: whoever buys of a, b, c buys nothing of x, y, z; in each, the three lie in one direction
+    dataset = make({f"u{n}": "abcab"[n % 3 :][:3] + "bd" for n in range(6)} | {f"v{n}": "xyzw" for n in range(6)})
+    evidence = Evidence(dataset, NEAR)
+    ((b, x),) = evidence.about([("a", "c")], [("b", "x")])
+    assert x == {"beside": 0, "follows": 0, "taste": 0} and min(b.values()) >= 1
+    space = evidence._space("train+valid", None)
+    row = dataset.item_rows
+    cosines = [float(space[row["b"]] @ space[row[seen]]) for seen in "ac"]
+    # c is the last item and counts 1, a counts .7
+    for name, cosine in zip(NEAR, [max(cosines), cosines[1], (0.7 * cosines[0] + cosines[1]) / 1.7], strict=True):
+        assert b[name] == int(min(9, -1.5 * math.log2(1 - cosine)))
+
+
+def test_near_knows_nothing_of_the_users_whose_training_lists_it_serves(make: Make) -> None:
+    """What a user does at the listed step and later changes no fact of the list; for another's it does."""
+    random = np.random.default_rng(0)
+    shop = make({f"u{n}": [str(i) for i in random.choice(30, 9, replace=False)] for n in range(40)})
+    lists = make_lists(shop, Popularity(shop), size=4, max_history=5, earlier_steps=2, splits=("train", "valid"))
+    listed = max(lists.of("train"), key=lambda one: shop.splits[one.user_id][0] - one.step)
+    end = shop.splits[listed.user_id][0]
+    assert end - listed.step >= 2
+    own = shop.histories[listed.user_id]
+    turned = (*own[: listed.step], *reversed(own[listed.step : end]), *own[end:])
+    other = replace(shop, histories={**shop.histories, listed.user_id: turned})
+    facts = [{one.example_id: one.evidence for one in Evidence(some, NEAR).attached(lists)} for some in (shop, other)]
+    mine = {one.example_id for one in lists if one.user_id == listed.user_id and one.step <= listed.step}
+    assert mine and all(facts[0][name] == facts[1][name] for name in mine)
+    assert facts[0] != facts[1]
 
 
 def test_new_items_change_nothing_for_the_others(make: Make) -> None:

@@ -14,7 +14,7 @@ from rerankkit.text.answers import parse_answer
 from rerankkit.text.prompts import PromptStyle, answer_parts
 from rerankkit.types import Item, Parse, RerankExample, RunInfo, SidSurface, Trace
 from rerankkit_gr2.asks import Request
-from rerankkit_gr2.features import FeatureBackend, Lessons, answer, conditional_logit, fit, fold_of, prior, see
+from rerankkit_gr2.features import FeatureBackend, Lessons, _kept, answer, conditional_logit, fit, fold_of, prior, see
 from rerankkit_gr2.teacher import RejectionSampling, Targeted, acceptance_by_position
 
 STYLE = PromptStyle()
@@ -197,7 +197,7 @@ def test_strange_examples_are_answered() -> None:
     assert all(len(SidSurface().find(a.reasoning)) == 1 and "im_end|" not in a.reasoning for a in answers)  # type: ignore[union-attr]
 
 
-def test_evidence_is_weighed_and_cited() -> None:
+def test_evidence_is_weighed_and_cited(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     examples = []
     for number in range(600):
@@ -222,3 +222,4 @@ def test_evidence_is_weighed_and_cited() -> None:
     first, second = (SidSurface().text(item.sid) for item in example.candidates[:2])
     assert reply.order[0] == 1 and reply.reasoning == f"most alike: {second}. best: {second} <alike_9><brand_1>."
     assert first not in reply.reasoning
+    assert _kept(examples, PromptStyle(fields=()), tmp_path)[0] == lessons  # `brand` is a name of NAMES too
