@@ -197,29 +197,31 @@ def test_strange_examples_are_answered() -> None:
     assert all(len(SidSurface().find(a.reasoning)) == 1 and "im_end|" not in a.reasoning for a in answers)  # type: ignore[union-attr]
 
 
+def told_apart(example: RerankExample, *facts: tuple[int, int]) -> RerankExample:
+    return replace(example, evidence=tuple({"alike": alike, "brand": brand} for alike, brand in facts))
+
+
 def test_evidence_is_weighed_and_cited(tmp_path: Path) -> None:
+    """Choices that were made by how alike things are, and far more so where they share a brand."""
     random = np.random.default_rng(1)
     examples = []
-    for number in range(600):
-        alike = random.integers(0, 10, size=4)
-        target = int(np.argmax(0.8 * alike + random.gumbel(size=4)))
-        examples.append(
-            RerankExample(
-                f"e{number}",
-                f"u{number}",
-                (thing(0, 0),),
-                tuple(thing(place, 1) for place in range(4)),
-                tuple(float(place == target) for place in range(4)),
-                tuple({"alike": int(value), "brand": 0} for value in alike),
-            )
-        )
-    lessons = fit(examples, PromptStyle(fields=()))[0]
+    for number in range(1500):
+        alike, brand = random.integers(0, 10, size=4), random.integers(0, 2, size=4)
+        target = int(np.argmax(0.2 * alike + 0.6 * alike * brand + random.gumbel(size=4)))
+        history, candidates = (thing(0, 0),), tuple(thing(place, 1) for place in range(4))
+        example = RerankExample(f"e{number}", f"u{number}", history, candidates, tuple(np.eye(4)[target].tolist()))
+        examples.append(told_apart(example, *zip(alike.tolist(), brand.tolist(), strict=True)))
+    style = PromptStyle(fields=())
+    lessons = fit(examples, style)[0]
     assert lessons.evidence == ("alike", "brand")
-    assert lessons.weights[-2] == pytest.approx(0.8, abs=0.15)  # the one that made the choices
-    example = replace(examples[0], evidence=tuple({"alike": value, "brand": int(value > 8)} for value in (2, 9, 0, 0)))
+    for brand, worth in ((0, 0.2), (1, 0.8)):  # what one more of alike is worth
+        scores = [lessons.scores(told_apart(examples[0], *[(n, brand)] * 4), style)[1] for n in (2, 7)]
+        assert (scores[1] - scores[0]) / 5 == pytest.approx(worth, abs=0.1)
+    example = told_apart(examples[0], (2, 0), (9, 1), (0, 0), (0, 0))
     surface = SidSurface(facts=("alike", "brand"))
-    reply = answer(Request(example, PromptStyle(fields=()), surface, 0.0, 0), lessons)
+    reply = answer(Request(example, style, surface, 0.0, 0), lessons)
     first, second = (SidSurface().text(item.sid) for item in example.candidates[:2])
-    assert reply.order[0] == 1 and reply.reasoning == f"most alike: {second}. best: {second} <alike_9><brand_1>."
+    assert reply.order[0] == 1
+    assert reply.reasoning == f"most: {second}<alike_9>. best: {second} <alike_9><brand_1>."
     assert first not in reply.reasoning
-    assert _kept(examples, PromptStyle(fields=()), tmp_path)[0] == lessons  # `brand` is a name of NAMES too
+    assert _kept(examples, style, tmp_path)[0] == lessons  # `brand` is a name of NAMES too
