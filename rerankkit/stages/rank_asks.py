@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -386,7 +387,12 @@ def parse_ask(value: Any, where: str, number: int) -> Ask:
         fault = error.errors()[0]
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
         if fault["type"] == "missing":
-            raise DataError(f"{where}: {key}: missing; {did_you_mean(key, map(str, value))}") from error
+            keys = list(map(str, fault["input"]))
+            close = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1)
+            instead = f"{close[0]!r} may be meant" if close else f"given: {', '.join(keys) or 'none'}"
+            raise DataError(f"{where}: {key}: this key is missing; {instead}.") from error
+        if fault["type"] == "too_short":
+            raise DataError(f"{where}: {key}: is empty; give at least one item to rank.") from error
         why = fault["msg"].removeprefix("Value error, ")
         raise DataError(f"{where}: {key}: {fault['input']!r:.80} cannot be used: {why}.") from error
     candidates = tuple(map(_item_of, line.candidates))
