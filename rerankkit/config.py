@@ -851,6 +851,9 @@ def _fault(kind: str, key: str, fault: Any, known: set[str], where: Where) -> st
         case "literal_error":
             choices = re.findall(r"'([^']*)'", details["expected"])
             return f"{where.of(key)}: {given!r:.80} cannot be used; {did_you_mean(str(given), choices)}"
+        case "tuple_type" | "list_type":
+            listed = f"; put it in brackets: [{json.dumps(given)}]" if isinstance(given, str | int | float) else ""
+            return f"{where.of(key)}: {given!r:.80} is no list{listed}."
         case "value_error":
             return f"{where.of(key)}: {fault['msg'].removeprefix('Value error, ')}."
         case _:

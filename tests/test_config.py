@@ -69,6 +69,10 @@ def faults(path: Path, text: str, *overrides: str) -> list[str]:
         ("reward = [3]\n", "1: reward[0]: 3 is not a block"),
         ("sft = 3\n", "1: sft: 3 is not a block; write it as [sft]."),
         ("[sft]\nepochs = 'two'\n", "2: sft.epochs: 'two' cannot be used: Input should be a valid integer"),
+        (
+            "[policy.prompt]\nfields = 'title'\n",
+            "2: policy.prompt.fields: 'title' is no list; put it in brackets: [\"title\"]",
+        ),
         ("[sft]\nepochs = 0\n", "2: sft.epochs: 0 cannot be used: Input should be greater than 0."),
         ("[sft]\nlearning_rate = inf\n", "2: sft.learning_rate: inf cannot be used: |finite"),
         ("[policy.prompt]\nfields = ['titel']\n", "2: policy.prompt.fields.0: 'titel' cannot be used; |mean 'title'?"),

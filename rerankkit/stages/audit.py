@@ -82,6 +82,8 @@ class Finding:
     """NDCG@5 of its answers less that of the given order (of a trick, of the same answer without it)."""
     failed: float
     """Share of its answers that the reward failed to judge."""
+    reason: str = ""
+    """The first of the reasons that it gave."""
 
     @property
     def pays(self) -> bool:
@@ -172,7 +174,7 @@ class Audit:
         if failing:
             told.append(
                 f"It fails to judge answers of {', '.join(f.name for f in failing)} "
-                f"(up to {max(f.failed for f in failing):.0%})."
+                f"(up to {max(f.failed for f in failing):.0%}): {failing[0].reason or 'no reason given'}."
             )
         return told
 
@@ -248,6 +250,7 @@ def _finding(
 ) -> Finding:
     places = [row.example.target_index for row in played]
     outcomes = _outcomes(reward, _seated(honest, played))
+    failures = [group[-1] for group in outcomes if isinstance(group[-1], Failed)]
     values = [[_value(outcome) for outcome in group] for group in outcomes]
     own = [group[-1] for group in values]
     gains = _differences(own, [group[-1] for group in plain] if trick else better)
@@ -270,7 +273,8 @@ def _finding(
         gain_first=Mean.of(first, places),
         gain_elsewhere=Mean.of(elsewhere, places),
         lift=Mean.of(lifts, places),
-        failed=fmean(isinstance(group[-1], Failed) for group in outcomes),
+        failed=len(failures) / len(outcomes),
+        reason=failures[0].reason if failures else "",
     )
 
 

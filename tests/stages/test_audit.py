@@ -146,6 +146,6 @@ def test_what_cannot_be_judged_leaves_the_means_and_is_told() -> None:
     found = small(picky)
     beg = next(finding for finding in found.findings if finding.name == "beg")
     assert beg.failed == 0.5 and beg.reward.count == 0 and not beg.pays
-    assert "It fails to judge answers of beg (up to 50%)." in found.sentences()
+    assert "It fails to judge answers of beg (up to 50%): down." in found.sentences()
     plain = json.loads(json.dumps(found.plain(), allow_nan=False))
     assert next(f for f in plain["findings"] if f["name"] == "beg")["reward"]["value"] is None
