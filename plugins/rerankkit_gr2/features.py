@@ -308,7 +308,7 @@ def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -
     ]
     sid = request.surface.text(request.example.candidates[choice].sid)
     if request.example.evidence:
-        return _weighed(request, choice, sid)
+        return _weighed(request, sid)
     return phrasing.format(
         pattern=", ".join(filter(None, [brand, spelled, band])) or "mixed",
         next=_next(history, item, lessons),
@@ -316,8 +316,8 @@ def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -
     )
 
 
-def _weighed(request: Request, choice: int, sid: str) -> str:
-    """Who leads by which evidence, then the choice and what speaks for it: in few tokens, for each is to be learned."""
+def _weighed(request: Request, sid: str) -> str:
+    """Who leads by which evidence, then the choice: in few tokens, for a small policy has to learn each of them."""
     evidence, surface = request.example.evidence, request.surface
     leads = []
     for name in (name for name in LEADS if name in evidence[0]):
@@ -325,7 +325,7 @@ def _weighed(request: Request, choice: int, sid: str) -> str:
         leader = values.index(max(values))
         leads.append(surface.text(request.example.candidates[leader].sid) + surface.fact(name, max(values)))
     most = f"most: {' '.join(leads)}. " if leads else ""
-    return f"{most}best: {sid} {surface.told(evidence[choice])}."
+    return f"{most}best: {sid}."
 
 
 def _next(history: Sequence[Seen], item: Seen, lessons: Lessons) -> str:

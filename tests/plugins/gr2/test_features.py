@@ -222,6 +222,6 @@ def test_evidence_is_weighed_and_cited(tmp_path: Path) -> None:
     reply = answer(Request(example, style, surface, 0.0, 0), lessons)
     first, second = (SidSurface().text(item.sid) for item in example.candidates[:2])
     assert reply.order[0] == 1
-    assert reply.reasoning == f"most: {second}<alike_9>. best: {second} <alike_9><brand_1>."
+    assert reply.reasoning == f"most: {second}<alike_9>. best: {second}."
     assert first not in reply.reasoning
     assert _kept(examples, style, tmp_path)[0] == lessons  # `brand` is a name of NAMES too
