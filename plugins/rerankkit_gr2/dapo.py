@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 import torch
 
@@ -30,10 +29,9 @@ from rerankkit.lm import (
 )
 from rerankkit.math.advantages import SAME, group_advantages, pass_at_k_bonus
 from rerankkit.math.losses import LossSettings, overlong_penalty
-from rerankkit.math.metrics import kendall_tau
 from rerankkit.math.schedules import learning_rate_at
 from rerankkit.protocols import RewardFn
-from rerankkit.types import Failed, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, StepReport
+from rerankkit.types import Failed, Outcome, RerankExample, Reward, Rollout, RunInfo, StepReport
 from rerankkit_gr2.settings import GroupConfig
 
 Judged = tuple[Rollout, Outcome]
@@ -91,7 +89,6 @@ class GroupOptimizer:
                     meter.flops += sum(needed_flops(policy, work, training=training) for work in works)
             sampled = sum(len(rollout.token_ids) for rollout, _ in every)
             metrics = {
-                **_describe(every),
                 **self._without_variance(_grouped(every, config.group_size)),
                 **learned,
                 "learning_rate": optimizer.param_groups[0]["lr"],
@@ -248,29 +245,3 @@ def _grouped(judged: Sequence[Judged], size: int) -> list[Group]:
 
 def _work(group: Group, prompt_ids: Mapping[int, list[int]]) -> Work:
     return group_work(len(prompt_ids[group[0][0].group]), [rollout.num_chosen for rollout, _ in group])
-
-
-def _describe(judged: Sequence[Judged]) -> dict[str, float]:
-    """What the log says of a step's rollouts, before any is dropped. Names as in TRL where TRL has one."""
-    rollouts = [rollout for rollout, _ in judged]
-    rewards = [outcome for _, outcome in judged if isinstance(outcome, Reward)]
-    parts: dict[str, list[float]] = {}
-    for outcome in rewards:
-        for name, value in outcome.parts.items():
-            parts.setdefault(name, []).append(value)
-    count = len(rollouts)
-    copied = sum(r.ranking.order == r.shown and r.ranking.parse is not Parse.FAILED for r in rollouts)
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    return {
-        "reward": fmean(outcome.value for outcome in rewards) if rewards else math.nan,
-        "reward_std": stdev(outcome.value for outcome in rewards) if len(rewards) > 1 else math.nan,
-        **{f"rewards/{name}/mean": fmean(values) for name, values in sorted(parts.items())},
-        "rewards/failed": sum(isinstance(outcome, Failed) for _, outcome in judged) / count,
-        "completions/mean_length": fmean(lengths),
-        "completions/clipped_ratio": sum(rollout.truncated for rollout in rollouts) / count,
-        "identity_rate": sum(r.ranking.identity and r.ranking.parse is not Parse.FAILED for r in rollouts) / count,
-        "first_kept_rate": sum(r.ranking.order[0] == 0 for r in rollouts) / count,
-        "kendall_tau": fmean(kendall_tau(r.ranking.order) for r in rollouts),
-        **({"copied_rate": copied / count} if rollouts[0].shown else {}),
-        "invalid_rate": sum(r.ranking.parse is not Parse.OK for r in rollouts) / count,
-    }

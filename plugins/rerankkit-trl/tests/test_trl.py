@@ -85,17 +85,16 @@ def test_forced_tokens_leave_the_loss() -> None:
     chosen = [sum(ids is None or len(ids) > 1 for ids in rollout.allowed_ids) for rollout in report.rollouts]
     assert report.metrics["completions/mean_length"] == pytest.approx(sum(chosen) / 4)
     assert all(count < len(rollout.token_ids) for count, rollout in zip(chosen, report.rollouts, strict=True))
-    assert report.metrics["invalid_rate"] == 0.0
+    assert all(rollout.ranking.parse == "ok" for rollout in report.rollouts)
 
 
-def test_reports_are_ours_and_carry_the_rewards_parts() -> None:
+def test_reports_are_ours() -> None:
     report = next(small().optimize(make_policy(), EXAMPLES, even, RunInfo()))
 
-    assert report.metrics["rewards/share/mean"] == 0.5
     assert report.metrics["reward"] == pytest.approx(
         sum(outcome.value for outcome in report.outcomes if isinstance(outcome, Reward)) / 4
     )
-    names = {"entropy", "grad_norm", "frac_reward_zero_std", "clip_ratio/low_mean", "kendall_tau", "identity_rate"}
+    names = {"entropy", "grad_norm", "frac_reward_zero_std", "clip_ratio/low_mean"}
     assert names <= {*report.metrics}
     assert all(isinstance(value, float) and math.isfinite(value) for value in report.metrics.values())
 
@@ -109,7 +108,6 @@ def test_rollouts_without_a_reward_leave_their_group() -> None:
     report = next(small().optimize(make_policy(), EXAMPLES, some, RunInfo()))
 
     assert report.metrics["reward"] == 2.5
-    assert report.metrics["rewards/failed"] == 0.25
     assert report.metrics["grad_norm"] > 0
 
 
