@@ -63,7 +63,8 @@ def update_on_groups(
     sizes = [len(group) for group in groups]
     if keep.shape != advantages.shape or keep.ndim != 2 or not len(groups) == len(prompts) == len(keep):
         shapes = f"{list(advantages.shape)} and {list(keep.shape)}"
-        raise ValueError(f"advantages and keep must be [P, G] for {len(groups)} groups and prompts, not {shapes}")
+        counts = f"{len(groups)} groups and {len(prompts)} prompts"
+        raise ValueError(f"advantages and keep must be [P, G] for {counts}, not {shapes}")
     if max(sizes, default=0) > keep.shape[1]:
         raise ValueError(f"a group has {max(sizes)} rollouts, but advantages are {list(advantages.shape)}")
 
