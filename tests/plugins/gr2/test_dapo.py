@@ -432,6 +432,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({"pass_at_k": 1}, "pass_at_k is 1; it lies between 2 and group_size = 4"),
         ({"pass_at_k": 5}, "pass_at_k is 5; it lies between 2 and group_size = 4"),
         ({"kl_estimator": "k4"}, "kl_estimator"),
+        ({"ratio": "none", "updates_per_batch": 2}, 'ratio is "none" and updates_per_batch 2: from the second update'),
     ):
         with pytest.raises(ValidationError, match=words):
             optimizer(**wrong)
