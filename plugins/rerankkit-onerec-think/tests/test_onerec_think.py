@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +19,17 @@ from rerankkit import (
     TraceFailure,
 )
 from rerankkit.lm import Policy, score_continuations
-from rerankkit.testing import check_optimizer, check_reward, check_teacher, make_example, make_policy, make_rollout
+from rerankkit.testing import (
+    check_imports,
+    check_optimizer,
+    check_reward,
+    check_teacher,
+    make_example,
+    make_policy,
+    make_rollout,
+)
 from rerankkit.text.prompts import answer_parts
 
-import rerankkit_onerec_think
 from rerankkit_onerec_think.__main__ import main
 from rerankkit_onerec_think.optimizer import RationaleOptimizer
 from rerankkit_onerec_think.parts import (
@@ -39,8 +43,6 @@ from rerankkit_onerec_think.parts import (
 from rerankkit_onerec_think.reward import RolloutBeam
 from rerankkit_onerec_think.teachers import SelfRationale, Template, pruned
 from rerankkit_onerec_think.thoughts import rerank_prompts, think, think_then_score
-
-SOURCES = sorted(Path(rerankkit_onerec_think.__file__).parent.glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -305,17 +307,5 @@ def test_groups_without_difference_change_nothing() -> None:
 # --- the package --------------------------------------------------------------------------------------------------
 
 
-def test_registering_imports_nothing_heavy() -> None:
-    code = "import sys, rerankkit_onerec_think.plugin; print({'torch', 'numpy', 'pydantic'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "set()\n"
-
-
-def test_imports_only_what_is_public() -> None:
-    found = [pair for path in SOURCES for pair in re.findall(r"from (rerankkit[\w.]*) import (.+)", path.read_text())]
-
-    assert found
-    for module, names in found:
-        assert not re.search(r"\b_", f"{module} {names}".replace(".", " ")), f"{module}: {names}"
-        assert not re.match(r"rerankkit_gr2|rerankkit\.(cli|run|pipeline|store|stages|system)\b", module)
+def test_imports_only_what_is_public_and_nothing_heavy_to_register() -> None:
+    check_imports("rerankkit_onerec_think", "torch", "numpy", "pydantic")
