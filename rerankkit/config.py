@@ -638,6 +638,24 @@ def make_config(raw: Mapping[str, Any], plugins: Plugins, where: Where | None = 
     return RunConfig(**values)
 
 
+def check_reward_parts(config: RunConfig) -> None:
+    """Raise ConfigError where a setting of the optimizer names a reward that the run does not have.
+
+    Such a setting has `Field(json_schema_extra={"names": "reward"})` and is a reward's name, or `REWARD/PART`, as the
+    log has it. Which parts a reward has, only its outcomes tell.
+    """
+    names, chosen = [part.spec.name for part in config.reward], config.optimizer.config
+    for key, setting in type(chosen).model_fields.items():
+        value = getattr(chosen, key)
+        if not value or setting.json_schema_extra != {"names": "reward"}:
+            continue
+        if not any(value == name or value.startswith(name + "/") for name in names):
+            raise ConfigError(
+                f"optimizer.{key}: {value!r} is no reward of this run, nor REWARD/PART of one; "
+                f"{did_you_mean(value.partition('/')[0], names)}"
+            )
+
+
 def find_plugins(raw: Mapping[str, Any], where: Where | None = None) -> Plugins:
     """Installed plugins, broken ones included, and those of `plugin_files`: ConfigError if one of these is broken."""
     where = where or Where("config", "", ())

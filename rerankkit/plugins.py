@@ -143,7 +143,9 @@ class HookSpecs:
 
     @hookspec
     def rerankkit_step(self, stage: str, report: StepReport) -> None:
-        """Watch training. Called after every optimizer step, in the main process; must not change anything."""
+        """Watch training. Called after every optimizer step, in the main process, with all that is logged of the step;
+        must not change anything.
+        """
 
     @hookspec
     def rerankkit_report(self, report: Mapping[str, Any]) -> Mapping[str, str] | None:

@@ -162,6 +162,12 @@ class Rollout:
     """The order in which the prompt listed the candidates, as positions in `example.candidates`; empty: as given. The
     ranking is of the example's own positions either way."""
 
+    @property
+    def num_chosen(self) -> int:
+        """Tokens that the policy chose: all but those that a mask forced."""
+        forced = sum(ids is not None and len(ids) == 1 for ids in self.allowed_ids)
+        return len(self.token_ids) - forced
+
 
 @dataclass(frozen=True, slots=True)
 class Reward:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rerankkit.config import ChosenPart, Midtrain, RunConfig, make_config
-from rerankkit.errors import DataError, RunFailed, RunFolderError
+from rerankkit.errors import ConfigError, DataError, RunFailed, RunFolderError
 from rerankkit.plugins import PartSpec, PluginConfig, load_plugins
 from rerankkit.store import (
     RunFolder,
@@ -247,6 +247,20 @@ def test_other_peoples_folders_are_refused_and_left_alone(tmp_path: Path) -> Non
         read_status(tmp_path)
     assert read_json(tmp_path / "config.json") == model
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["hit", "gr2/rank", "ndcg", "ndcg/", "ndcgs", "NDCG/x"])
+def test_a_run_whose_optimizer_looks_at_a_reward_that_is_not_there_does_not_start(tmp_path: Path, name: str) -> None:
+    raw = {"optimizer": {"filter_on": name}, "reward": [{"use": "ndcg"}, {"use": "format"}]}
+    config = make_config(raw, load_plugins(only="gr2"))
+    if name.startswith("ndcg") and name != "ndcgs":  # which parts a reward has, nobody knows yet
+        assert cook(tmp_path / "run", config=config)[1] == "salt and more"
+        return
+    with pytest.raises(
+        ConfigError, match=f"optimizer.filter_on: '{name}' is no reward of this run.*; known: format, n"
+    ):
+        cook(tmp_path / "run", config=config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder_and_one_that_was_killed_at_once_are_taken(tmp_path: Path) -> None:

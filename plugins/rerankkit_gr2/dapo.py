@@ -7,46 +7,31 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 import torch
 
-from rerankkit import processes
 from rerankkit.errors import RunFailed, did_you_mean
 from rerankkit.lm import (
     Policy,
     Reference,
-    TokenLogps,
     Work,
-    accumulate,
     adamw,
-    apply_gradients,
-    group_logps,
     group_work,
     judged_rollouts,
     load_checkpoint,
     metered,
     needed_flops,
-    passes,
     prompt_of,
     reference_of,
     save_checkpoint,
     sharded,
-    spent_on,
+    update_on_groups,
 )
 from rerankkit.math.advantages import SAME, group_advantages, pass_at_k_bonus
-from rerankkit.math.losses import (
-    LossSettings,
-    kl_estimates,
-    loss_denominator,
-    mean_stats,
-    overlong_penalty,
-    policy_loss,
-)
-from rerankkit.math.metrics import kendall_tau
+from rerankkit.math.losses import LossSettings, overlong_penalty
 from rerankkit.math.schedules import learning_rate_at
 from rerankkit.protocols import RewardFn
-from rerankkit.types import Failed, Outcome, Parse, RerankExample, Reward, Rollout, RunInfo, StepReport
+from rerankkit.types import Failed, Outcome, RerankExample, Reward, Rollout, RunInfo, StepReport
 from rerankkit_gr2.settings import GroupConfig
 
 Judged = tuple[Rollout, Outcome]
@@ -95,9 +80,7 @@ class GroupOptimizer:
                 prompt_ids = {
                     group: prompt_of(policy, rollout.example, rollout.shown) for group, rollout in prompts.items()
                 }
-                learned = self._learn(policy, reference, optimizer, groups, prompt_ids, info, step)
-                if not learned:
-                    learned = self._unlearned(reference, every, prompt_ids, info)
+                learned = self._learn(policy, reference, optimizer, groups, every, prompt_ids, info)
                 spent = [(_grouped(every, config.group_size), False)]
                 if learned["num_updates"]:
                     spent += [(groups, True), *([(groups, False)] if reference else [])]
@@ -106,7 +89,6 @@ class GroupOptimizer:
                     meter.flops += sum(needed_flops(policy, work, training=training) for work in works)
             sampled = sum(len(rollout.token_ids) for rollout, _ in every)
             metrics = {
-                **_describe(every),
                 **self._without_variance(_grouped(every, config.group_size)),
                 **learned,
                 "learning_rate": optimizer.param_groups[0]["lr"],
@@ -165,163 +147,43 @@ class GroupOptimizer:
         reference: Reference | None,
         optimizer: torch.optim.Optimizer,
         groups: list[Group],
+        every: list[Judged],
         prompt_ids: Mapping[int, list[int]],
         info: RunInfo,
-        step: int,
     ) -> dict[str, float]:
-        """Optimizer steps on the groups, `updates_per_batch` of them, each on its share of the groups.
+        """Optimizer steps on the groups, `updates_per_batch` of them, each on its share; what to log about them.
 
-        What to log about them; nothing if there was nothing to learn from.
+        Where there is nothing to learn from, that is told of `every` rollout.
         """
-        if not groups:
-            return {}
         config = self.config
         rewards = torch.tensor([[self._shaped(*judged) for judged in group] for group in groups])
-        keep = torch.tensor([[self._counts(*judged) for judged in group] for group in groups])
-        values, has_signal = group_advantages(rewards, keep, self.loss.advantage)
-        keep &= has_signal[:, None]
-        if config.pass_at_k:
-            values = values + config.pass_at_k_weight * pass_at_k_bonus(values, config.pass_at_k, keep)
-        shares = [range(i, len(groups), config.updates_per_batch) for i in range(config.updates_per_batch)]
-        logs: list[dict[str, float]] = []
-        policy.model.train()
-        for share in shares:
-            if len(share) and bool(keep[list(share)].any()):
-                done = self._accumulate(policy, reference, groups, prompt_ids, values, keep, share, info)
-                log = _joined(done)
-                if not logs:
-                    self._check_gap(log, step)
-                norm = apply_gradients(policy, optimizer, config.max_grad_norm)
-                if not math.isfinite(norm):
-                    raise RunFailed(
-                        f"optimizer: the gradient is {norm}; lower optimizer.learning_rate ({config.learning_rate})."
-                    )
-                logs.append({**log, "grad_norm": norm})
-        policy.model.eval()
-        if not logs:
-            return {}
-        means = {name: fmean(log[name] for log in logs) for name in logs[0]}
-        # Only before the first update are sampler and trainer the same policy: any gap there is numerical.
-        return {**means, **{k: logs[0][k] for k in ("logp_gap", "logp_gap_max")}, "num_updates": float(len(logs))}
-
-    def _accumulate(
-        self,
-        policy: Policy,
-        reference: Reference | None,
-        groups: list[Group],
-        prompt_ids: Mapping[int, list[int]],
-        advantages: torch.Tensor,
-        keep: torch.Tensor,
-        share: range,
-        info: RunInfo,
-    ) -> list[dict[str, float]]:
-        """Add up the gradients of the groups `share`, over the denominator of all of them; logs of the passes.
-
-        `advantages` and `keep` are [P, G]; `prompt_ids` has every group's prompt by its number.
-        """
-        config, settings, device = self.config, self.loss, policy.device
-        lengths = [_num_chosen(rollout) for i in share for rollout, _ in groups[i]]
-        denominator = loss_denominator(lengths, keep[share].flatten().tolist(), settings)
-
-        def forward(chosen: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
-            some = [[rollout for rollout, _ in groups[i]] for i in chosen]
-            tokens = self._logps(policy, some, prompt_ids, info, entropies=True)
-            assert tokens.entropies is not None
-            old = _sampled_logps(some, device)
-            free = tokens.weights > 0  # what the mask forced was no choice: nothing to learn, nothing to count
-            logps, old, entropies = tokens.logps[free], old[free], tokens.entropies[free]
-            ref_logps = self._reference_logps(reference, some, prompt_ids, info)[free] if reference else None
-            loss, stats = policy_loss(
-                logps,
-                old,
-                tokens.sequence_ids[free],
-                advantages[chosen].flatten().to(device),
-                settings,
-                keep=keep[chosen].flatten().to(device),
-                denominator=denominator,
-                ref_logps=ref_logps,
-                entropies=entropies if settings.entropy_weight else None,
-            )
-            gaps = (logps.detach() - old).abs()
-            return loss, {
-                **stats,
-                "loss": loss.item(),
-                "num_chosen": float(len(gaps)),
-                "entropy": entropies.sum().item(),
-                "logp_gap": gaps.sum().item(),
-                "logp_gap_max": gaps.max().item() if len(gaps) else 0.0,
-            }
-
-        own = share[processes.rank() :: processes.count()]
-        sizes = [len(prompt_ids[groups[i][0][0].group]) + sum(len(r.token_ids) for r, _ in groups[i]) for i in own]
-        cut = passes(sizes, info.tokens_per_pass, config.groups_per_pass)
-        return accumulate(policy, [[own[i] for i in some] for some in cut], forward, idle=[share[0]])
-
-    def _logps(
-        self,
-        policy: Policy,
-        groups: Sequence[Sequence[Rollout]],
-        prompt_ids: Mapping[int, list[int]],
-        info: RunInfo,
-        entropies: bool = False,
-    ) -> TokenLogps:
-        """What a policy says of these rollouts, at the temperature and under the masks that they were drawn with."""
-        return group_logps(
+        keep = torch.tensor([[self._counts(*judged) for judged in group] for group in groups], dtype=torch.bool)
+        if groups:
+            values, has_signal = group_advantages(rewards, keep, self.loss.advantage)
+            keep &= has_signal[:, None]
+            if config.pass_at_k:
+                values = values + config.pass_at_k_weight * pass_at_k_bonus(values, config.pass_at_k, keep)
+        if not keep.any():
+            groups = _grouped(every, config.group_size)
+            values = torch.zeros(len(groups), config.group_size)
+            keep = values > 0
+        return update_on_groups(
             policy,
-            [prompt_ids[group[0].group] for group in groups],
-            [[list(rollout.token_ids) for rollout in group] for group in groups],
-            temperature=self.config.temperature,
-            entropies=entropies,
-            autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
-            allowed=[[rollout.allowed_ids for rollout in group] for group in groups],
+            optimizer,
+            [[rollout for rollout, _ in group] for group in groups],
+            [prompt_ids[group[0][0].group] for group in groups],
+            values,
+            keep,
+            self.loss,
+            info=info,
+            updates=[range(i, len(groups), config.updates_per_batch) for i in range(config.updates_per_batch)],
+            reference=reference,
+            temperature=config.temperature,
+            max_grad_norm=config.max_grad_norm,
+            # Within a nucleus the sampler's probabilities are larger, by up to 1 / top_p.
+            max_logp_gap=(config.max_logp_gap or math.inf) - math.log(config.top_p),
+            groups_per_pass=config.groups_per_pass,
         )
-
-    def _reference_logps(
-        self,
-        reference: Reference,
-        groups: Sequence[Sequence[Rollout]],
-        prompt_ids: Mapping[int, list[int]],
-        info: RunInfo,
-    ) -> torch.Tensor:
-        """What the reference says of them: the log-probability of each token [K]."""
-        with spent_on("reference"):
-            return reference(lambda policy: self._logps(policy, groups, prompt_ids, info).logps)
-
-    def _unlearned(
-        self, reference: Reference | None, every: list[Judged], prompt_ids: Mapping[int, list[int]], info: RunInfo
-    ) -> dict[str, float]:
-        """The log of a step that had nothing to learn from: what can be told without a pass of the trainer.
-
-        The entropy is estimated from what the sampler drew, the distance from the reference from one group.
-        """
-        rollouts = [rollout for rollout, _ in every]
-        chosen = sum(map(_num_chosen, rollouts))
-        kl = 0.0
-        if reference is not None:
-            some = [rollouts[: self.config.group_size]]
-            ref_logps = self._reference_logps(reference, some, prompt_ids, info)
-            away = kl_estimates(_sampled_logps(some, ref_logps.device), ref_logps, "k3")
-            kl = float(away.sum()) / max(1, sum(map(_num_chosen, some[0])))
-        clips = ("low", "high", "dual") if self.loss.clip_dual else ("low", "high")
-        zero = ("loss", "grad_norm", "approx_kl", "logp_gap", "logp_gap_max", "num_updates")
-        return {
-            **dict.fromkeys((*zero, *(f"clip_ratio/{name}_mean" for name in clips)), 0.0),
-            "ratio_mean": 1.0,
-            "entropy": -sum(logp for rollout in rollouts for logp in rollout.logps) / max(1, chosen),
-            "kl": kl,
-        }
-
-    def _check_gap(self, log: Mapping[str, float], step: int) -> None:
-        """Stop where sampler and trainer disagree about the same weights: what is learnt would be noise."""
-        # Within a nucleus the sampler's probabilities are larger, by up to 1 / top_p.
-        limit = self.config.max_logp_gap - math.log(self.config.top_p)
-        if self.config.max_logp_gap and not log["logp_gap"] <= limit:
-            raise RunFailed(
-                f"optimizer: before the first update of step {step}, the log-probabilities of the sampler and of the "
-                f"trainer differ by {log['logp_gap']:.3g} nats a token on average ({log['logp_gap_max']:.3g} at most), "
-                f"more than {limit:.3g}. Set policy.precision to float32, or raise optimizer.max_logp_gap "
-                f"({self.config.max_logp_gap}; 0 is no limit)."
-            )
 
     def _check_outcomes(self, outcomes: Sequence[Outcome], step: int) -> None:
         """Stop where too much could not be judged, or where the part to filter on is not there."""
@@ -382,56 +244,4 @@ def _grouped(judged: Sequence[Judged], size: int) -> list[Group]:
 
 
 def _work(group: Group, prompt_ids: Mapping[int, list[int]]) -> Work:
-    return group_work(len(prompt_ids[group[0][0].group]), [_num_chosen(rollout) for rollout, _ in group])
-
-
-def _sampled_logps(groups: Sequence[Sequence[Rollout]], device: torch.device) -> torch.Tensor:
-    """[K]: what the sampler said of each token."""
-    return torch.tensor([logp for group in groups for r in group for logp in r.logps], device=device)
-
-
-def _joined(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What to log about the passes of all processes: sums, means over tokens, the largest gap.
-
-    `kl` is the distance from the reference; without one, from the policy that sampled.
-    """
-    means, count = mean_stats(passes), max(1.0, sum(one["num_chosen"] for one in passes))
-    return {
-        "loss": sum(one["loss"] for one in passes),
-        **{name: sum(one[name] for one in passes) / count for name in ("entropy", "logp_gap")},
-        "logp_gap_max": max(one["logp_gap_max"] for one in passes),
-        "kl": means.get("kl", means["approx_kl"]),
-        **{name: means[name] for name in means if name.startswith(("ratio_mean", "approx_kl", "clip_ratio/"))},
-    }
-
-
-def _num_chosen(rollout: Rollout) -> int:
-    """Tokens that the policy chose: all but those that a mask forced."""
-    forced = sum(ids is not None and len(ids) == 1 for ids in rollout.allowed_ids)
-    return len(rollout.token_ids) - forced
-
-
-def _describe(judged: Sequence[Judged]) -> dict[str, float]:
-    """What the log says of a step's rollouts, before any is dropped. Names as in TRL where TRL has one."""
-    rollouts = [rollout for rollout, _ in judged]
-    rewards = [outcome for _, outcome in judged if isinstance(outcome, Reward)]
-    parts: dict[str, list[float]] = {}
-    for outcome in rewards:
-        for name, value in outcome.parts.items():
-            parts.setdefault(name, []).append(value)
-    count = len(rollouts)
-    copied = sum(r.ranking.order == r.shown and r.ranking.parse is not Parse.FAILED for r in rollouts)
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    return {
-        "reward": fmean(outcome.value for outcome in rewards) if rewards else math.nan,
-        "reward_std": stdev(outcome.value for outcome in rewards) if len(rewards) > 1 else math.nan,
-        **{f"rewards/{name}/mean": fmean(values) for name, values in sorted(parts.items())},
-        "rewards/failed": sum(isinstance(outcome, Failed) for _, outcome in judged) / count,
-        "completions/mean_length": fmean(lengths),
-        "completions/clipped_ratio": sum(rollout.truncated for rollout in rollouts) / count,
-        "identity_rate": sum(r.ranking.identity and r.ranking.parse is not Parse.FAILED for r in rollouts) / count,
-        "first_kept_rate": sum(r.ranking.order[0] == 0 for r in rollouts) / count,
-        "kendall_tau": fmean(kendall_tau(r.ranking.order) for r in rollouts),
-        **({"copied_rate": copied / count} if rollouts[0].shown else {}),
-        "invalid_rate": sum(r.ranking.parse is not Parse.OK for r in rollouts) / count,
-    }
+    return group_work(len(prompt_ids[group[0][0].group]), [rollout.num_chosen for rollout, _ in group])

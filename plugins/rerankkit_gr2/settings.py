@@ -284,7 +284,7 @@ class GroupConfig(PluginConfig):
     """Weight of the entropy of what each token was chosen from, in nats, as a bonus; 0 is off."""
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all alike by fresh ones."""
-    filter_on: str = ""
+    filter_on: str = Field(default="", json_schema_extra={"names": "reward"})
     """Part of the reward by which groups count as alike, as the log names it after `rewards/` (`gr2`, `gr2/rank`);
     empty is the whole. Name one where the whole has a part that always varies, such as length. The soft penalty below
     is never looked at."""
@@ -316,6 +316,12 @@ class GroupConfig(PluginConfig):
             raise ValueError(
                 f"clip_dual is {self.clip_dual}; it must lie above 1 + clip_high = {1 + self.clip_high:g}, and bounds "
                 'surrogate = "clipped" alone'
+            )
+        if self.ratio == "none" and self.updates_per_batch > 1:
+            raise ValueError(
+                f'ratio is "none" and updates_per_batch {self.updates_per_batch}: from the second update on, rollouts '
+                'are another policy\'s, which only a ratio makes up for; choose ratio = "token" or "sequence", or one '
+                "update a batch"
             )
         if self.pass_at_k == 1 or self.pass_at_k > self.group_size:
             raise ValueError(

@@ -6,6 +6,7 @@ from rerankkit.lm.adapters import adapted, only_sid_rows
 from rerankkit.lm.ask import ask, prompt_of
 from rerankkit.lm.checkpoint import load_checkpoint, save_checkpoint
 from rerankkit.lm.forward import TokenLogps, group_logps, packed_logps
+from rerankkit.lm.groups import update_on_groups
 from rerankkit.lm.load import pretrained_policy, scratch_policy
 from rerankkit.lm.meter import Work, group_work, metered, needed_flops, sequence_work, spent_on
 from rerankkit.lm.permutation import AnswerMask, answer_mask
@@ -14,7 +15,7 @@ from rerankkit.lm.reference import Reference, reference_of
 from rerankkit.lm.rollout import Sample, roll_out
 from rerankkit.lm.score import score_candidates, score_continuations
 from rerankkit.lm.sequences import TrainSequence, document_sequence, pack, trace_sequence
-from rerankkit.lm.shard import adamw, sharded
+from rerankkit.lm.shard import adamw, sharded, whole_weights
 from rerankkit.lm.snapshot import save_snapshot
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
@@ -61,4 +62,6 @@ __all__ = [
     "sharded",
     "spent_on",
     "trace_sequence",
+    "update_on_groups",
+    "whole_weights",
 ]

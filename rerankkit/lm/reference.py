@@ -47,6 +47,7 @@ def reference_of(policy: Policy) -> Iterator[Reference]:
         style=policy.style,
         surface=policy.surface,
         codebook_sizes=policy.codebook_sizes,
+        thinks=policy.thinks,
     )
     with sharded(kept):
         yield Reference(policy, kept)

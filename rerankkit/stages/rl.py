@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,7 +137,8 @@ def watching(reinforce: Callable[..., Reinforced], folder: RunFolder) -> Callabl
     def look(report: StepReport, info: RunInfo) -> None:
         if not watchers:  # what a killed run did from here on is done again, and the watch must not count it twice
             watchers.append(Watcher.begin(settings, folder.path, report.step))
-        record = {"step": report.step, **report.metrics, **watchers[0].measure(report)}
+        report = replace(report, metrics={**report.metrics, **watchers[0].measure(report)})
+        record = {"step": report.step, **report.metrics}
         info.log(record)
         save_completions(folder.path / "completions", report)
         if folder.hooks is not None:

@@ -7,7 +7,7 @@
 
 A check returns nothing, or raises AssertionError with a message that names the fault. `RewardContract` and its sisters
 are the same rules as pytest classes, a test a rule. Either says that the contract is kept on made records, not that
-the part is any good. `rerankkit.testing.zoo` has policies that cheat, and
+the part is any good. `check_imports` looks at a package. `rerankkit.testing.zoo` has policies that cheat, and
 `audit_reward` plays them; `rerankkit.testing.strategies` has hypothesis strategies.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rerankkit.testing.packages import check_imports
 from rerankkit.testing.records import (
     make_catalog,
     make_example,
@@ -36,6 +37,7 @@ __all__ = [
     "TeacherContract",
     "TokenizerContract",
     "audit_reward",
+    "check_imports",
     "check_optimizer",
     "check_reward",
     "check_teacher",

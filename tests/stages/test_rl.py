@@ -130,8 +130,10 @@ def test_a_step_without_rollouts_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_plugins_watch_every_step(shop: Shop, tmp_path: Path) -> None:
-    told: list[tuple[str, int]] = []
-    hooks = SimpleNamespace(rerankkit_step=lambda stage, report: told.append((stage, report.step)))
+    told: list[tuple[str, int, float]] = []
+    hooks = SimpleNamespace(
+        rerankkit_step=lambda stage, report: told.append((stage, report.step, report.metrics["reward"]))
+    )
     logged: list[Any] = []
     folder: Any = SimpleNamespace(
         path=tmp_path, hooks=hooks, config=SimpleNamespace(watch=Watch(rules=WatchRules(error_budget="off")))
@@ -141,7 +143,7 @@ def test_plugins_watch_every_step(shop: Shop, tmp_path: Path) -> None:
     asked = [shop.dataset, shop.sids, shop.lists, shop.base]
     make(Recorder(), [(1.0, "a", fixed(1))], *asked, info=RunInfo(log=logged.append))
 
-    assert told == [("rl", 1), ("rl", 2)]
+    assert told == [("rl", 1, 1.0), ("rl", 2, 0.5)]  # with what is logged
     # what the rollouts tell stands over what the optimizer says of them: the one reward of step 1 is 1, not .5
     assert [(r["step"], r["reward"], r["rewards/failed"]) for r in logged] == [(1, 1.0, 0.0), (2, 0.5, 1.0)]
     assert (logged[1]["tau_to_last"], logged[1]["seen_before"]) == (1.0, 1.0)

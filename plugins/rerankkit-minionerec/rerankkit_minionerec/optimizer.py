@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from statistics import fmean, pstdev
 
 import torch
 from rerankkit import (
@@ -26,30 +25,28 @@ from rerankkit import (
 )
 from rerankkit.lm import (
     Policy,
+    Reference,
     SidTrie,
-    TokenLogps,
+    adamw,
     answer_mask,
     beam_sids,
     build_trie,
     group_logps,
     load_checkpoint,
-    passes,
+    reference_of,
     roll_out,
     save_checkpoint,
+    sharded,
+    update_on_groups,
+    whole_weights,
 )
 from rerankkit.lm.trie import ROOT
 from rerankkit.math.advantages import group_advantages
-from rerankkit.math.losses import PRESETS, mean_stats, policy_loss
+from rerankkit.math.losses import PRESETS
 from rerankkit.text.answers import parse_answer
 from rerankkit.text.prompts import CLOSING, HEAD, OPENING, clean_reasoning, rerank_messages
-from torch import Tensor
 
 from rerankkit_minionerec.plugin import BeamGroupsConfig
-
-_LEARNED = (
-    "loss", "grad_norm", "kl", "entropy", "logp_gap", "ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean",
-)  # fmt: skip
-"""What is logged of an update. Means are over tokens."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,23 @@ class BeamGroups:
     ) -> Iterator[StepReport]:
         """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
         c = self.config
-        reference = _frozen(policy) if c.kl else None
-        trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        folder = info.work / "checkpoint" if info.work else None
-        found = load_checkpoint(folder, policy, optimizer) if folder else None
-        done = found[0] if found else 0
-        items = sorted({item.sid for example in examples for item in (*example.history, *example.candidates)})
-        catalogue = build_trie(items, policy) if c.beams_over == "catalogue" else None
-        for step in info.progress(range(done + 1, c.steps + 1), total=c.steps - done, what="reinforcing beams"):
-            dice = random.Random(f"{info.seed} minionerec {step}")
-            chosen = dice.sample(list(examples), min(c.prompts_per_step, len(examples)))
-            rollouts = self._search(policy, chosen, catalogue, info, step)
-            outcomes = tuple(reward(rollouts))
-            learned = self._learn(policy, reference, optimizer, rollouts, outcomes, info)
-            yield StepReport(step, {**_described(rollouts, outcomes), **learned}, tuple(rollouts), outcomes)
-            if folder and step % c.checkpoint_every == 0 and step < c.steps:
-                save_checkpoint(folder, step, policy, optimizer, {})
+        with reference_of(policy) if c.kl else nullcontext() as reference, sharded(policy):
+            optimizer = adamw(policy, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+            folder = info.work / "checkpoint" if info.work else None
+            found = load_checkpoint(folder, policy, optimizer) if folder else None
+            done = found[0] if found else 0
+            items = sorted({item.sid for example in examples for item in (*example.history, *example.candidates)})
+            catalogue = build_trie(items, policy) if c.beams_over == "catalogue" else None
+            for step in info.progress(range(done + 1, c.steps + 1), total=c.steps - done, what="reinforcing beams"):
+                dice = random.Random(f"{info.seed} minionerec {step}")
+                chosen = dice.sample(list(examples), min(c.prompts_per_step, len(examples)))
+                with whole_weights(policy) as hold:
+                    rollouts = hold(partial(self._search, policy, chosen, catalogue, info, step))
+                outcomes = tuple(reward(rollouts))
+                learned = self._learn(policy, reference, optimizer, rollouts, outcomes, info)
+                yield StepReport(step, learned, tuple(rollouts), outcomes)
+                if folder and step % c.checkpoint_every == 0 and step < c.steps:
+                    save_checkpoint(folder, step, policy, optimizer, {})
         policy.model.eval()
 
     def _search(
@@ -131,7 +128,7 @@ class BeamGroups:
     def _learn(
         self,
         policy: Policy,
-        reference: Policy | None,
+        reference: Reference | None,
         optimizer: torch.optim.Optimizer,
         rollouts: Sequence[Rollout],
         outcomes: Sequence[Outcome],
@@ -151,91 +148,35 @@ class BeamGroups:
                 rewards[p, g] = outcome.value if isinstance(outcome, Reward) else 0.0
         advantages, has_signal = group_advantages(rewards, keep, "zscore")
         keep &= has_signal[:, None]
-        num_groups = float(has_signal.sum())
-        if not num_groups:
-            return {"loss": 0.0, "grad_norm": 0.0, "num_groups": 0.0}  # no pass was made that would tell more
-        prompts = [_prompt_ids(policy, group[0].example) for group in groups]
-        sizes = [len(p) + sum(len(r.token_ids) for r in g) for p, g in zip(prompts, groups, strict=True)]
-        logs: list[dict[str, float]] = []
-        policy.model.train()
-        for _ in range(c.updates_per_batch):
-            parts = []
-            for some in passes(sizes, info.tokens_per_pass):
-                kept = torch.cat([keep[i, : len(groups[i])] for i in some])
-                share = torch.cat([advantages[i, : len(groups[i])] for i in some])
-                asked, said = [prompts[i] for i in some], [groups[i] for i in some]
-                loss, stats = self._loss(policy, reference, asked, said, share, kept, float(keep.sum()), info)
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's own
-                parts.append(stats)
-            norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), c.max_grad_norm))
-            if not math.isfinite(norm):
-                raise RunFailed(
-                    f"optimizer: the gradient is {norm}; lower optimizer.learning_rate ({c.learning_rate})."
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            logs.append({**mean_stats(parts), "loss": sum(part["loss"] for part in parts), "grad_norm": norm})
-        policy.model.eval()
-        means = {name: fmean(log[name] for log in logs) for name in _LEARNED}
-        # Only before the first update are searcher and trainer the same policy.
-        return {**means, "logp_gap": logs[0]["logp_gap"], "num_groups": num_groups}
-
-    def _loss(
-        self,
-        policy: Policy,
-        reference: Policy | None,
-        prompts: Sequence[Sequence[int]],
-        groups: Sequence[Sequence[Rollout]],
-        advantages: Tensor,
-        keep: Tensor,
-        num_kept: float,
-        info: RunInfo,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Of one pass: advantages and keep [N], over the batch's `num_kept` beams (2402.03300, eq. 3 and 4)."""
-        c, device = self.config, policy.device
-        tokens = _logps(policy, prompts, groups, info)
-        free = tokens.weights > 0  # the codes that the trie left a choice of
-        logps, rows = tokens.logps[free], tokens.sequence_ids[free]
-        old = torch.tensor([logp for group in groups for r in group for logp in r.logps], device=device)[free]
-        settings = replace(PRESETS["grpo"], clip_low=c.clip, clip_high=c.clip)
-        advantages, keep = advantages.to(device), keep.to(device)
-        loss, stats = policy_loss(logps, old, rows, advantages, settings, keep=keep, denominator=num_kept)
-        kl = torch.zeros_like(logps)
-        if reference is not None:
-            with torch.no_grad():
-                known = _logps(reference, prompts, groups, info).logps[free]
-            kl = torch.expm1(known - logps) - (known - logps)
-            lengths = torch.bincount(rows, minlength=len(keep))
-            loss = loss + c.kl * (kl / lengths[rows])[keep[rows]].sum() / num_kept
-        entropies = kl if tokens.entropies is None else tokens.entropies[free]
-        logged = {"kl": kl, "entropy": entropies, "logp_gap": (logps - old).abs()}
-        means = {name: float(values.detach().mean()) if len(values) else 0.0 for name, values in logged.items()}
-        return loss, {**stats, "loss": loss.item(), **means}
-
-
-def _logps(
-    policy: Policy, prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Rollout]], info: RunInfo
-) -> TokenLogps:
-    """Of every token under what the trie allowed in its place."""
-    return group_logps(
-        policy,
-        prompts,
-        [[rollout.token_ids for rollout in group] for group in groups],
-        entropies=True,
-        autocast=_autocast(info),
-        allowed=[[rollout.allowed_ids for rollout in group] for group in groups],
-    )
+        learned = update_on_groups(
+            policy,
+            optimizer,
+            groups,
+            [_prompt_ids(policy, group[0].example) for group in groups],
+            advantages,
+            keep,
+            replace(PRESETS["grpo"], clip_low=c.clip, clip_high=c.clip, kl_weight=c.kl),
+            info=info,
+            updates=[range(len(groups))] * c.updates_per_batch,
+            reference=reference,
+            max_grad_norm=c.max_grad_norm,
+        )
+        return {**learned, "num_groups": float(has_signal.sum())}
 
 
 def _with_logps(policy: Policy, rollouts: Sequence[Rollout], info: RunInfo) -> list[Rollout]:
     """With the log-probabilities of the policy as it is: what a search would be, were it drawn."""
-    groups = _grouped(rollouts)
+    each = []
     with torch.no_grad():
-        each = [
-            logps.tolist()
-            for group in groups
-            for logps in _logps(policy, [_prompt_ids(policy, group[0].example)], [group], info).split()
-        ]
+        for group in _grouped(rollouts):
+            tokens = group_logps(
+                policy,
+                [_prompt_ids(policy, group[0].example)],
+                [[rollout.token_ids for rollout in group]],
+                autocast=_autocast(info),
+                allowed=[[rollout.allowed_ids for rollout in group]],
+            )
+            each += [logps.tolist() for logps in tokens.split()]
     return [replace(rollout, logps=tuple(logps)) for rollout, logps in zip(rollouts, each, strict=True)]
 
 
@@ -287,33 +228,3 @@ def _seed(*key: object) -> int:
 
 def _autocast(info: RunInfo) -> torch.dtype | None:
     return torch.bfloat16 if info.precision == "bfloat16" else None
-
-
-def _frozen(policy: Policy) -> Policy:
-    """A copy that stays as the policy is now."""
-    model = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return Policy(
-        model, policy.text_tokenizer, style=policy.style, surface=policy.surface, codebook_sizes=policy.codebook_sizes
-    )
-
-
-def _described(rollouts: Sequence[Rollout], outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """What the log says of a step's beams, under TRL's names where it has one."""
-    groups: dict[int, list[float]] = {}
-    parts: dict[str, list[float]] = {}
-    for rollout, outcome in zip(rollouts, outcomes, strict=True):
-        if isinstance(outcome, Reward):
-            groups.setdefault(rollout.group, []).append(outcome.value)
-            for name, value in outcome.parts.items():
-                parts.setdefault(name, []).append(float(value))
-    values = [value for group in groups.values() for value in group]
-    return {
-        "reward": fmean(values) if values else math.nan,
-        "reward_std": fmean(map(pstdev, groups.values())) if groups else math.nan,
-        "frac_reward_zero_std": fmean(max(v) - min(v) <= 1e-6 for v in groups.values()) if groups else math.nan,
-        **{f"rewards/{name}/mean": fmean(some) for name, some in sorted(parts.items())},
-        "rewards/failed": fmean(isinstance(outcome, Failed) for outcome in outcomes),
-        "completions/mean_length": fmean(len(rollout.token_ids) for rollout in rollouts),
-        "completions/clipped_ratio": fmean(rollout.truncated for rollout in rollouts),
-        "first_kept_rate": fmean(rollout.ranking.order[0] == 0 for rollout in rollouts if rollout.beam_rank == 0),
-    }

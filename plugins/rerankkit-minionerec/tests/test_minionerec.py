@@ -1,26 +1,19 @@
 from __future__ import annotations
 
 import math
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from rerankkit import NotApplicable, Outcome, Reward, Rollout, RunInfo, SidSurface
 from rerankkit.lm import beam_sids, build_trie, score_continuations
-from rerankkit.testing import check_optimizer, check_reward, make_example, make_policy, make_rollout
+from rerankkit.testing import check_imports, check_optimizer, check_reward, make_example, make_policy, make_rollout
 from rerankkit.text.prompts import rerank_messages
 
-import rerankkit_minionerec
 from rerankkit_minionerec.optimizer import BeamGroups
 from rerankkit_minionerec.plugin import BeamGroupsConfig, RankAwareConfig, rank_aware
 from rerankkit_minionerec.reward import RankAware
-
-SOURCES = sorted(Path(rerankkit_minionerec.__file__).parent.glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -155,17 +148,5 @@ def test_learns_which_guess_was_right() -> None:
 # --- the package --------------------------------------------------------------------------------------------------
 
 
-def test_registering_imports_nothing_heavy() -> None:
-    code = "import sys, rerankkit_minionerec.plugin; print({'torch', 'numpy', 'transformers'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "set()\n"
-
-
-def test_imports_only_what_is_public() -> None:
-    found = [pair for path in SOURCES for pair in re.findall(r"from (rerankkit[\w.]*) import (.+)", path.read_text())]
-
-    assert found
-    for module, names in found:
-        assert not re.search(r"\b_", f"{module} {names}".replace(".", " ")), f"{module}: {names}"
-        assert not re.match(r"rerankkit_gr2|rerankkit\.(cli|run|pipeline|store|stages|system)\b", module)
+def test_imports_only_what_is_public_and_nothing_heavy_to_register() -> None:
+    check_imports("rerankkit_minionerec", "torch", "numpy", "transformers")

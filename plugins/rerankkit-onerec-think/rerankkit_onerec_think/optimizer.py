@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from statistics import fmean, pstdev
+from functools import partial
 
 import torch
 from rerankkit import (
     Failed,
     Outcome,
-    Parse,
     RerankExample,
     Reward,
     RewardFn,
@@ -25,21 +23,22 @@ from rerankkit import (
 )
 from rerankkit.lm import (
     Policy,
+    Reference,
     SidTrie,
-    TokenLogps,
+    adamw,
     beam_sids,
     build_trie,
-    group_logps,
     load_checkpoint,
-    passes,
+    reference_of,
     save_checkpoint,
+    sharded,
+    update_on_groups,
+    whole_weights,
 )
 from rerankkit.math.advantages import group_advantages
-from rerankkit.math.losses import PRESETS, mean_stats, policy_loss
-from rerankkit.math.metrics import kendall_tau
+from rerankkit.math.losses import PRESETS
 from rerankkit.text.answers import parse_answer
 from rerankkit.text.prompts import CLOSING, HEAD, OPENING, SEPARATOR, clean_reasoning
-from torch import Tensor
 
 from rerankkit_onerec_think.parts import OptimizerConfig
 from rerankkit_onerec_think.thoughts import Thought, best_first, rerank_prompts, scores_after, think
@@ -56,22 +55,24 @@ class RationaleOptimizer:
     ) -> Iterator[StepReport]:
         """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
         c = self.config
-        reference = _frozen(policy) if c.kl else None
-        trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        folder = info.work / "checkpoint" if info.work else None
-        found = load_checkpoint(folder, policy, optimizer) if folder else None
-        done = found[0] if found else 0
-        trie = build_trie(_sids(examples), policy) if c.beams_over == "catalogue" else None
-        for step in info.progress(range(done + 1, c.steps + 1), total=c.steps - done, what="reinforcing rationales"):
-            dice = random.Random(f"{info.seed} onerec-think {step}")
-            chosen = dice.sample(list(examples), min(c.prompts_per_step, len(examples)))
-            rollouts = self._roll_out(policy, chosen, trie, info, step)
-            outcomes = tuple(reward(rollouts))
-            learned = self._learn(policy, reference, optimizer, rollouts, outcomes, info)
-            yield StepReport(step, {**_described(rollouts, outcomes), **learned}, tuple(rollouts), outcomes)
-            if folder and step % c.checkpoint_every == 0 and step < c.steps:
-                save_checkpoint(folder, step, policy, optimizer, {})
+        with reference_of(policy) if c.kl else nullcontext() as reference, sharded(policy):
+            optimizer = adamw(policy, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+            folder = info.work / "checkpoint" if info.work else None
+            found = load_checkpoint(folder, policy, optimizer) if folder else None
+            done = found[0] if found else 0
+            trie = build_trie(_sids(examples), policy) if c.beams_over == "catalogue" else None
+            for step in info.progress(
+                range(done + 1, c.steps + 1), total=c.steps - done, what="reinforcing rationales"
+            ):
+                dice = random.Random(f"{info.seed} onerec-think {step}")
+                chosen = dice.sample(list(examples), min(c.prompts_per_step, len(examples)))
+                with whole_weights(policy) as hold:
+                    rollouts = hold(partial(self._roll_out, policy, chosen, trie, info, step))
+                outcomes = tuple(reward(rollouts))
+                learned = self._learn(policy, reference, optimizer, rollouts, outcomes, info)
+                yield StepReport(step, learned, tuple(rollouts), outcomes)
+                if folder and step % c.checkpoint_every == 0 and step < c.steps:
+                    save_checkpoint(folder, step, policy, optimizer, {})
         policy.model.eval()
 
     def _roll_out(
@@ -107,7 +108,7 @@ class RationaleOptimizer:
     def _learn(
         self,
         policy: Policy,
-        reference: Policy | None,
+        reference: Reference | None,
         optimizer: torch.optim.Optimizer,
         rollouts: Sequence[Rollout],
         outcomes: Sequence[Outcome],
@@ -122,102 +123,22 @@ class RationaleOptimizer:
         keep = torch.tensor([isinstance(outcome, Reward) for outcome in outcomes]).view(shape)
         advantages, has_signal = group_advantages(values, keep, "zscore")
         keep &= has_signal[:, None]
-        num_groups = float(has_signal.sum())
-        if not num_groups:
-            # nothing to learn: no pass tells the entropy, but what was sampled does
-            chosen = sum(ids is None or len(ids) > 1 for rollout in rollouts for ids in rollout.allowed_ids)
-            entropy = -sum(logp for rollout in rollouts for logp in rollout.logps) / max(1, chosen)
-            return {"loss": 0.0, "grad_norm": 0.0, "entropy": entropy, "num_groups": 0.0}
         groups = [rollouts[i : i + c.group_size] for i in range(0, len(rollouts), c.group_size)]
-        prompts = rerank_prompts(policy, [group[0].example for group in groups])
-        sizes = [len(p) + sum(len(r.token_ids) for r in g) for p, g in zip(prompts, groups, strict=True)]
-        logs: list[dict[str, float]] = []
-        policy.model.train()
-        for _ in range(c.updates_per_batch):
-            parts = []
-            for some in passes(sizes, info.tokens_per_pass):
-                asked, said = [prompts[i] for i in some], [groups[i] for i in some]
-                kept, share = keep[some].flatten(), advantages[some].flatten()
-                loss, stats = self._loss(policy, reference, asked, said, share, kept, float(keep.sum()), info)
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's own
-                parts.append(stats)
-            norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), c.max_grad_norm))
-            if not math.isfinite(norm):
-                raise RunFailed(
-                    f"optimizer: the gradient is {norm}; lower optimizer.learning_rate ({c.learning_rate})."
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            logs.append({**mean_stats(parts), "loss": sum(part["loss"] for part in parts), "grad_norm": norm})
-        policy.model.eval()
-        means = {name: fmean(log[name] for log in logs) for name in _LEARNED}
-        # Only before the first update are sampler and trainer the same policy.
-        return {**means, "logp_gap": logs[0]["logp_gap"], "num_groups": num_groups}
-
-    def _loss(
-        self,
-        policy: Policy,
-        reference: Policy | None,
-        prompts: Sequence[Sequence[int]],
-        groups: Sequence[Sequence[Rollout]],
-        advantages: Tensor,
-        keep: Tensor,
-        num_kept: float,
-        info: RunInfo,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Of one pass: advantages and keep [N], over the batch's `num_kept` rollouts (2402.03300, eq. 3 and 4)."""
-        c, device = self.config, policy.device
-        advantages, keep = advantages.to(device), keep.to(device)
-
-        def logps_of(one: Policy) -> TokenLogps:
-            return group_logps(
-                one,
-                prompts,
-                [[rollout.token_ids for rollout in group] for group in groups],
-                temperature=c.temperature,
-                entropies=True,
-                autocast=torch.bfloat16 if info.precision == "bfloat16" else None,
-                allowed=[[rollout.allowed_ids for rollout in group] for group in groups],
-            )
-
-        tokens = logps_of(policy)
-        free = tokens.weights > 0  # the JSON around a rationale was no choice
-        logps, rows = tokens.logps[free], tokens.sequence_ids[free]
-        old = torch.tensor([logp for group in groups for r in group for logp in r.logps], device=device)[free]
-        settings = replace(PRESETS["grpo"], clip_low=c.clip, clip_high=c.clip)
-        loss, stats = policy_loss(logps, old, rows, advantages, settings, keep=keep, denominator=num_kept)
-        kl = torch.zeros_like(logps)
-        if reference is not None:
-            with torch.no_grad():
-                known = logps_of(reference).logps[free]
-            kl = torch.expm1(known - logps) - (known - logps)
-            lengths = torch.bincount(rows, minlength=len(keep))
-            loss = loss + c.kl * (kl / lengths[rows])[keep[rows]].sum() / num_kept
-        entropies = kl if tokens.entropies is None else tokens.entropies[free]
-        logged = {"kl": kl, "entropy": entropies, "logp_gap": (logps - old).abs()}
-        return loss, {**stats, "loss": loss.item(), **{name: _mean(value) for name, value in logged.items()}}
-
-
-_LEARNED = (
-    "loss", "grad_norm", "kl", "entropy", "logp_gap", "ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean",
-)  # fmt: skip
-"""What is logged of an update. Means are over tokens."""
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.detach().mean()) if len(values) else 0.0
-
-
-def _frozen(policy: Policy) -> Policy:
-    """A copy that stays as the policy is now."""
-    model = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return Policy(
-        model,
-        policy.text_tokenizer,
-        style=policy.style,
-        surface=policy.surface,
-        codebook_sizes=policy.codebook_sizes,
-    )
+        learned = update_on_groups(
+            policy,
+            optimizer,
+            groups,
+            rerank_prompts(policy, [group[0].example for group in groups]),
+            advantages,
+            keep,
+            replace(PRESETS["grpo"], clip_low=c.clip, clip_high=c.clip, kl_weight=c.kl),
+            info=info,
+            updates=[range(len(groups))] * c.updates_per_batch,
+            reference=reference,
+            temperature=c.temperature,
+            max_grad_norm=c.max_grad_norm,
+        )
+        return {**learned, "num_groups": float(has_signal.sum())}
 
 
 def _sids(examples: Sequence[RerankExample]) -> list[Sid]:
@@ -240,26 +161,3 @@ def _rollout(policy: Policy, example: RerankExample, thought: Thought, beams: Se
         num_reasoning_tokens=thought.num_reasoning_tokens,
         group=group,
     )
-
-
-def _described(rollouts: Sequence[Rollout], outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """What the log says of a step's rollouts, under TRL's names where it has one."""
-    groups: dict[int, list[float]] = {}
-    parts: dict[str, list[float]] = {}
-    for rollout, outcome in zip(rollouts, outcomes, strict=True):
-        if isinstance(outcome, Reward):
-            groups.setdefault(rollout.group, []).append(outcome.value)
-            for name, value in outcome.parts.items():
-                parts.setdefault(name, []).append(float(value))
-    values = [value for group in groups.values() for value in group]
-    return {
-        "reward": fmean(values) if values else math.nan,
-        "reward_std": fmean(map(pstdev, groups.values())) if groups else math.nan,
-        "frac_reward_zero_std": fmean(max(v) - min(v) <= 1e-6 for v in groups.values()) if groups else math.nan,
-        **{f"rewards/{name}/mean": fmean(some) for name, some in sorted(parts.items())},
-        "rewards/failed": fmean(isinstance(outcome, Failed) for outcome in outcomes),
-        "completions/mean_length": fmean(len(rollout.token_ids) for rollout in rollouts),
-        "completions/clipped_ratio": fmean(rollout.truncated for rollout in rollouts),
-        "identity_rate": fmean(r.ranking.identity and r.ranking.parse is not Parse.FAILED for r in rollouts),
-        "kendall_tau": fmean(kendall_tau(rollout.ranking.order) for rollout in rollouts),
-    }

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +19,17 @@ from rerankkit import (
     TraceFailure,
 )
 from rerankkit.lm import Policy, score_continuations
-from rerankkit.testing import check_optimizer, check_reward, check_teacher, make_example, make_policy, make_rollout
+from rerankkit.testing import (
+    check_imports,
+    check_optimizer,
+    check_reward,
+    check_teacher,
+    make_example,
+    make_policy,
+    make_rollout,
+)
 from rerankkit.text.prompts import answer_parts
 
-import rerankkit_onerec_think
 from rerankkit_onerec_think.__main__ import main
 from rerankkit_onerec_think.optimizer import RationaleOptimizer
 from rerankkit_onerec_think.parts import (
@@ -39,8 +43,6 @@ from rerankkit_onerec_think.parts import (
 from rerankkit_onerec_think.reward import RolloutBeam
 from rerankkit_onerec_think.teachers import SelfRationale, Template, pruned
 from rerankkit_onerec_think.thoughts import rerank_prompts, think, think_then_score
-
-SOURCES = sorted(Path(rerankkit_onerec_think.__file__).parent.glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -264,9 +266,7 @@ def test_a_group_is_one_prompts_rationales_and_only_they_are_trained() -> None:
         assert "s_a" not in policy.decode(rollout.token_ids[rollout.num_reasoning_tokens :])  # no item was sampled
         free = [token for token, ids in zip(rollout.token_ids, rollout.allowed_ids, strict=True) if ids is None]
         assert len(free) <= rollout.num_reasoning_tokens + 1  # the one that ends it is chosen, too
-    assert {"entropy", "kl", "grad_norm", "logp_gap", "frac_reward_zero_std", "clip_ratio/low_mean"} <= {
-        *report.metrics
-    }
+    assert {"entropy", "kl", "grad_norm", "logp_gap", "num_groups", "clip_ratio/low_mean"} <= {*report.metrics}
     assert report.metrics["logp_gap"] < 1e-4
 
 
@@ -274,7 +274,7 @@ def test_a_reward_for_short_rationales_shortens_them() -> None:
     policy = make_policy()
     optimizer = small(steps=30, prompts_per_step=2, group_size=8, learning_rate=3e-3, max_new_tokens=60, kl=0.0)
     lengths = [
-        report.metrics["completions/mean_length"]
+        sum(len(rollout.token_ids) for rollout in report.rollouts) / len(report.rollouts)
         for report in optimizer.optimize(policy, [make_example(3), make_example(9)], by_length, RunInfo())
     ]
 
@@ -307,17 +307,5 @@ def test_groups_without_difference_change_nothing() -> None:
 # --- the package --------------------------------------------------------------------------------------------------
 
 
-def test_registering_imports_nothing_heavy() -> None:
-    code = "import sys, rerankkit_onerec_think.plugin; print({'torch', 'numpy', 'pydantic'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "set()\n"
-
-
-def test_imports_only_what_is_public() -> None:
-    found = [pair for path in SOURCES for pair in re.findall(r"from (rerankkit[\w.]*) import (.+)", path.read_text())]
-
-    assert found
-    for module, names in found:
-        assert not re.search(r"\b_", f"{module} {names}".replace(".", " ")), f"{module}: {names}"
-        assert not re.match(r"rerankkit_gr2|rerankkit\.(cli|run|pipeline|store|stages|system)\b", module)
+def test_imports_only_what_is_public_and_nothing_heavy_to_register() -> None:
+    check_imports("rerankkit_onerec_think", "torch", "numpy", "pydantic")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rerankkit import Catalog, RunInfo
-from rerankkit.testing import check_tokenizer, make_catalog
+from rerankkit.testing import check_imports, check_tokenizer, make_catalog
 
 import rerankkit_rectokens
 from rerankkit_rectokens.plugin import RecTokensConfig, build
@@ -86,20 +85,8 @@ def test_leaves_the_precision_of_matrix_products_alone() -> None:
     assert done.stdout == "highest\n"
 
 
-def test_registering_imports_nothing_heavy() -> None:
-    code = "import sys, rerankkit_rectokens.plugin; print({'torch', 'numpy', 'rectokens'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "set()\n"
-
-
-def test_imports_only_what_is_public() -> None:
-    found = [pair for path in SOURCES for pair in re.findall(r"from (rerankkit[\w.]*) import (.+)", path.read_text())]
-
-    assert found
-    for module, names in found:
-        assert not re.search(r"\b_", f"{module} {names}".replace(".", " ")), f"{module}: {names}"
-        assert not re.match(r"rerankkit_gr2|rerankkit\.(cli|run|pipeline|store|stages|system)\b", module)
+def test_imports_only_what_is_public_and_nothing_heavy_to_register() -> None:
+    check_imports("rerankkit_rectokens", "torch", "numpy", "rectokens")
 
 
 def test_is_under_sixty_lines_of_code() -> None:

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import ast
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rerankkit import Catalog, RunInfo
-from rerankkit.testing import check_tokenizer, make_catalog
+from rerankkit.testing import check_imports, check_tokenizer, make_catalog
 
 import rerankkit_semantic_id
 from rerankkit_semantic_id.plugin import SemanticIdConfig, build
@@ -86,22 +83,8 @@ def test_fewer_items_than_codes_are_no_fault() -> None:
     assert sorted(tokenizer.encode(catalog)[:, 0].tolist()) == list(range(7))
 
 
-def test_registering_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, rerankkit_semantic_id.plugin; print({'torch', 'numpy', 'sklearn', 'semantic_id'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "set()\n"
-
-
-def test_imports_only_what_is_public() -> None:
-    found = [pair for path in SOURCES for pair in re.findall(r"from (rerankkit[\w.]*) import (.+)", path.read_text())]
-
-    assert found
-    for module, names in found:
-        assert not re.search(r"\b_", f"{module} {names}".replace(".", " ")), f"{module}: {names}"
-        assert not re.match(r"rerankkit_gr2|rerankkit\.(cli|run|pipeline|store|stages|system)\b", module)
+def test_imports_only_what_is_public_and_nothing_heavy_to_register() -> None:
+    check_imports("rerankkit_semantic_id", "torch", "numpy", "sklearn", "semantic_id")
 
 
 def test_is_under_sixty_lines_of_code() -> None:

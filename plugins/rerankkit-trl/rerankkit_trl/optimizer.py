@@ -25,7 +25,6 @@ from datasets import Dataset
 from rerankkit import (
     Failed,
     Outcome,
-    Parse,
     RerankExample,
     Reward,
     RewardFn,
@@ -37,7 +36,6 @@ from rerankkit import (
 )
 from rerankkit.lm import Policy, ask, load_checkpoint, save_checkpoint
 from rerankkit.lm.policy import quiet
-from rerankkit.math.metrics import kendall_tau
 from rerankkit.processes import count
 from rerankkit.text.prompts import rerank_messages
 from transformers import PrinterCallback, TrainerCallback
@@ -277,7 +275,7 @@ class _Reports(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
         self.logs.append(dict(logs))
         if len(self.logs) < self.batches.config.num_iterations:
             return
-        judged, metrics = tuple(self.batches.judged), {**_joined(self.logs), **_described(self.batches.judged)}
+        judged, metrics = tuple(self.batches.judged), _joined(self.logs)
         self.logs = []
         self.ready.put(StepReport(self.batches.step, metrics, tuple(r for r, _ in judged), tuple(o for _, o in judged)))
         self.go_on.acquire()
@@ -343,21 +341,3 @@ def _joined(logs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if isinstance(value, int | float) and not name.startswith(("rewards/judged_value", "tools/", "epoch")):
                 kept.setdefault(name, []).append(float(value))
     return {name: fmean(values) for name, values in kept.items()}
-
-
-def _described(judged: Sequence[tuple[Rollout, Outcome]]) -> dict[str, float]:
-    """What TRL does not know of: the rewards' parts, and the orders."""
-    rollouts = [rollout for rollout, _ in judged]
-    parts: dict[str, list[float]] = {}
-    for _, outcome in judged:
-        for name, value in outcome.parts.items() if isinstance(outcome, Reward) else ():
-            parts.setdefault(name, []).append(value)
-    return {
-        **{f"rewards/{name}/mean": fmean(values) for name, values in sorted(parts.items())},
-        "rewards/failed": fmean(isinstance(outcome, Failed) for _, outcome in judged),
-        "completions/clipped_ratio": fmean(rollout.truncated for rollout in rollouts),
-        "identity_rate": fmean(r.ranking.identity and r.ranking.parse is not Parse.FAILED for r in rollouts),
-        "first_kept_rate": fmean(rollout.ranking.order[0] == 0 for rollout in rollouts),
-        "kendall_tau": fmean(kendall_tau(rollout.ranking.order) for rollout in rollouts),
-        "invalid_rate": fmean(rollout.ranking.parse is not Parse.OK for rollout in rollouts),
-    }

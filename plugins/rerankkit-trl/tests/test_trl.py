@@ -3,11 +3,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,15 +12,13 @@ from rerankkit import Failed, NotApplicable, Outcome, Reward, Rollout, RunFailed
 from rerankkit.lm import Policy, group_logps
 from rerankkit.math.advantages import group_advantages
 from rerankkit.math.losses import PRESETS, policy_loss
-from rerankkit.testing import check_optimizer, make_example, make_policy
+from rerankkit.testing import check_imports, check_optimizer, make_example, make_policy
 from rerankkit.text.prompts import rerank_messages
 from trl import GRPOConfig
 
-import rerankkit_trl
 from rerankkit_trl.optimizer import TrlOptimizer, trainer_fields
 from rerankkit_trl.plugin import TrlConfig
 
-SOURCES = sorted(Path(rerankkit_trl.__file__).parent.glob("*.py"))
 EXAMPLES = [make_example(3), make_example(9)]
 
 
@@ -85,17 +80,16 @@ def test_forced_tokens_leave_the_loss() -> None:
     chosen = [sum(ids is None or len(ids) > 1 for ids in rollout.allowed_ids) for rollout in report.rollouts]
     assert report.metrics["completions/mean_length"] == pytest.approx(sum(chosen) / 4)
     assert all(count < len(rollout.token_ids) for count, rollout in zip(chosen, report.rollouts, strict=True))
-    assert report.metrics["invalid_rate"] == 0.0
+    assert all(rollout.ranking.parse == "ok" for rollout in report.rollouts)
 
 
-def test_reports_are_ours_and_carry_the_rewards_parts() -> None:
+def test_reports_are_ours() -> None:
     report = next(small().optimize(make_policy(), EXAMPLES, even, RunInfo()))
 
-    assert report.metrics["rewards/share/mean"] == 0.5
     assert report.metrics["reward"] == pytest.approx(
         sum(outcome.value for outcome in report.outcomes if isinstance(outcome, Reward)) / 4
     )
-    names = {"entropy", "grad_norm", "frac_reward_zero_std", "clip_ratio/low_mean", "kendall_tau", "identity_rate"}
+    names = {"entropy", "grad_norm", "frac_reward_zero_std", "clip_ratio/low_mean"}
     assert names <= {*report.metrics}
     assert all(isinstance(value, float) and math.isfinite(value) for value in report.metrics.values())
 
@@ -109,7 +103,6 @@ def test_rollouts_without_a_reward_leave_their_group() -> None:
     report = next(small().optimize(make_policy(), EXAMPLES, some, RunInfo()))
 
     assert report.metrics["reward"] == 2.5
-    assert report.metrics["rewards/failed"] == 0.25
     assert report.metrics["grad_norm"] > 0
 
 
@@ -191,19 +184,5 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         TrlConfig(prompts_per_step=8, groups_per_pass=3)
 
 
-def test_registering_imports_nothing_heavy() -> None:
-    code = "import sys, rerankkit_trl.plugin; print({'torch', 'numpy', 'trl', 'transformers'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "set()\n"
-
-
-def test_imports_only_what_is_public() -> None:
-    found: list[Any] = [
-        pair for path in SOURCES for pair in re.findall(r"from (rerankkit[\w.]*) import (.+)", path.read_text())
-    ]
-
-    assert found
-    for module, names in found:
-        assert not re.search(r"\b_", f"{module} {names}".replace(".", " ")), f"{module}: {names}"
-        assert not re.match(r"rerankkit_gr2|rerankkit\.(cli|run|pipeline|store|stages|system)\b", module)
+def test_imports_only_what_is_public_and_nothing_heavy_to_register() -> None:
+    check_imports("rerankkit_trl", "torch", "numpy", "trl", "transformers")

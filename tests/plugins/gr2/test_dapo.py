@@ -16,9 +16,10 @@ import torch
 from pydantic import ValidationError
 
 from rerankkit.errors import RunFailed
-from rerankkit.lm import Policy, adapted, group_logps, reference_of, scratch_policy
+from rerankkit.lm import Policy, adapted, group_logps, groups, reference_of, scratch_policy
 from rerankkit.math.losses import PRESETS, LossSettings, policy_loss
 from rerankkit.plugins import load_plugins
+from rerankkit.stages.watch import measure
 from rerankkit.text.prompts import PromptStyle
 from rerankkit.types import (
     Failed,
@@ -33,7 +34,6 @@ from rerankkit.types import (
     SidSurface,
     StepReport,
 )
-from rerankkit_gr2 import dapo
 from rerankkit_gr2.dapo import GroupOptimizer
 from rerankkit_gr2.settings import GroupConfig
 
@@ -101,7 +101,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def steps(
     policy: Policy, reward: Any, info: RunInfo | None = None, name: str = "dapo", **changes: Any
 ) -> list[StepReport]:
-    return list(optimizer(name, **changes).optimize(policy, EXAMPLES, reward, info or RunInfo(seed=3)))
+    """Reports with what a run logs of their rollouts."""
+    reports = optimizer(name, **changes).optimize(policy, EXAMPLES, reward, info or RunInfo(seed=3))
+    return [replace(report, metrics={**report.metrics, **measure(report)}) for report in reports]
 
 
 def test_a_step_changes_the_policy_and_reports_what_happened(policy: Policy, base: Policy) -> None:
@@ -140,14 +142,15 @@ def test_a_gap_between_sampler_and_trainer_stops_the_run(
     policy: Policy, base: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer whose log-probabilities are off by 1/4: the first update is not made."""
-    import rerankkit_gr2.dapo as module
 
     def off(*arguments: Any, **settings: Any) -> Any:
         tokens = group_logps(*arguments, **settings)
         return replace(tokens, logps=tokens.logps - 0.25)
 
-    monkeypatch.setattr(module, "group_logps", off)
-    words = r"first update of step 1.* differ by 0\.25 nats a token on average \(0\.25 at most\), more than 0\.2\. "
+    monkeypatch.setattr(groups, "group_logps", off)
+    words = (
+        r"first update on its rollouts.* differ by 0\.25 nats a token on average \(0\.25 at most\), more than 0\.2\. "
+    )
     with pytest.raises(RunFailed, match=words + "Set policy.precision to float32, or raise optimizer.max_logp_gap"):
         steps(policy, first_is_target, max_logp_gap=0.2)
     assert same(weights(policy), weights(base))
@@ -236,7 +239,7 @@ def test_without_variance_nothing_is_learnt(policy: Policy, base: Policy, outcom
     reports = steps(policy, always(outcome), dynamic_sampling=dynamic)
     assert same(weights(policy), weights(base))
     assert [report.metrics["loss"] for report in reports] == [0.0, 0.0]
-    assert math.isnan(reports[0].metrics["reward"]) == isinstance(outcome, NotApplicable)
+    assert ("reward" in reports[0].metrics) == isinstance(outcome, Reward)
 
 
 def test_more_failures_than_the_budget_stop_the_run(policy: Policy, base: Policy) -> None:
@@ -409,12 +412,11 @@ def test_shuffled_prompts_are_learnt_from_as_they_were_shown(policy: Policy) -> 
         assert report.metrics["logp_gap"] < 1e-4  # the trainer reads the prompt that the sampler read
         assert all(rollout.example in EXAMPLES for rollout in report.rollouts)  # rewards see the given order
         copied = [rollout.ranking.order == rollout.shown for rollout in report.rollouts]
-        assert report.metrics["copied_rate"] == sum(copied) / len(copied)
-    assert "copied_rate" not in steps(policy, first_is_target, steps=1)[0].metrics
+        assert report.metrics["identity_rate"] == sum(copied) / len(copied)
 
 
 def test_a_bonus_for_the_best_of_k_is_added_to_the_advantage(policy: Policy) -> None:
-    with patch.object(dapo, "policy_loss", wraps=policy_loss) as loss:
+    with patch.object(groups, "policy_loss", wraps=policy_loss) as loss:
         steps(
             policy, lambda rollouts: [Reward(float(i % 4 == 0)) for i in range(len(rollouts))], steps=1,
             advantage="centred", pass_at_k=2, pass_at_k_weight=0.5, overlong_filtering=False,
@@ -430,6 +432,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({"pass_at_k": 1}, "pass_at_k is 1; it lies between 2 and group_size = 4"),
         ({"pass_at_k": 5}, "pass_at_k is 5; it lies between 2 and group_size = 4"),
         ({"kl_estimator": "k4"}, "kl_estimator"),
+        ({"ratio": "none", "updates_per_batch": 2}, 'ratio is "none" and updates_per_batch 2: from the second update'),
     ):
         with pytest.raises(ValidationError, match=words):
             optimizer(**wrong)
