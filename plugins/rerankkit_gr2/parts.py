@@ -27,7 +27,9 @@ def rejection(config: s.RejectionConfig, info: RunInfo) -> Teacher:
     """`rejection`"""
     from rerankkit_gr2.teacher import RejectionSampling
 
-    return RejectionSampling(_backend(config.backend), config.samples, config.temperature, _style(config))
+    return RejectionSampling(
+        _backend(config.backend), config.samples, config.temperature, _style(config), config.accept
+    )
 
 
 def targeted(config: s.TargetedConfig, info: RunInfo) -> Teacher:

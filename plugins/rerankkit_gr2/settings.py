@@ -143,10 +143,13 @@ class TargetedConfig(PluginConfig):
 
 
 class RejectionConfig(TargetedConfig):
-    """Rejection sampling: no answer given; kept only if the teacher's first choice is the target."""
+    """Rejection sampling: no answer given; kept only if the teacher puts the target first, or among its first few."""
 
     samples: PositiveInt = 8
     """Tries for each ask before it is given up."""
+    accept: PositiveInt = 1
+    """Keep an answer with the target among its first this many. GR2 keeps those that have it first, and so teaches more
+    easy asks than there are; as many as candidates keeps all, and leaves the labels to reinforcement."""
 
 
 class RewardConfig(PluginConfig):

@@ -15,7 +15,7 @@ _NO_TARGET = "no candidate is relevant: there is nothing to teach"
 
 @dataclass(frozen=True)
 class RejectionSampling:
-    """Asks without the answer, up to `samples` times, and keeps the first reply whose top choice is the target.
+    """Asks without the answer, up to `samples` times, and keeps the first reply with the target in its first `accept`.
 
     Goes in rounds, so that a backend always has many requests in flight. Seeds derive from (info.seed, example,
     attempt): an example's answer does not depend on which others are asked, as far as the backend's does not. The
@@ -26,6 +26,7 @@ class RejectionSampling:
     samples: int = 8
     temperature: float = 1.0
     style: PromptStyle = field(default_factory=PromptStyle)
+    accept: int = 1
 
     def write(self, examples: Sequence[RerankExample], info: RunInfo) -> Iterator[Trace | TraceFailure]:
         """A trace or a failure for each example, as they come."""
@@ -37,7 +38,7 @@ class RejectionSampling:
             left = []
             what = f"teacher, sample {attempt + 1} of {self.samples}"
             for example, reply in _ask(self, pending, attempt, info, what):
-                if isinstance(reply, Reply) and reply.order[0] == example.target_index:
+                if isinstance(reply, Reply) and example.target_index in reply.order[: self.accept]:
                     yield _trace(example, reply.reasoning, reply.order, reply, "rejection", attempt)
                     continue
                 left.append(example)
@@ -48,7 +49,8 @@ class RejectionSampling:
             place = {example.example_id: i for i, example in enumerate(pending)}
             pending = sorted(left, key=lambda example: place[example.example_id])
         for example in pending:
-            reason = f"rejected: {rejected[example.example_id]} of {self.samples} replies put another candidate first"
+            others = "another candidate" if self.accept == 1 else f"{self.accept} other candidates"
+            reason = f"rejected: {rejected[example.example_id]} of {self.samples} replies put {others} first"
             problem = problems.get(example.example_id)
             yield TraceFailure(example.example_id, f"{reason}; {problem}" if problem else reason, self.samples)
 

@@ -20,6 +20,7 @@ from rerankkit_gr2.teacher import RejectionSampling, Targeted, acceptance_by_pos
 STYLE = PromptStyle()
 ALL = PromptStyle(fields=("title", "categories", "brand", "price"))
 KINDS = ("Shampoo", "Conditioner", "Mask", "Gel", "Comb", "Spray")
+_NOBODY = Trace("", "", (), {})
 BRANDS = ("Norda", "Velis", "Amaro")
 
 
@@ -89,6 +90,21 @@ def test_it_beats_the_input_order_and_is_still_rejected_at_times(asks: list[Rera
     # the input order is a shuffle: 1/6 of 300 = 50 by luck. With perfect knowledge about nine in ten.
     assert 180 < first_try < accepted < 300
     assert sorted(counts) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_counts_as_a_hit_is_a_choice(asks: list[RerankExample]) -> None:
+    """At temperature 0 a try is the teacher's best order; a deeper bar keeps more of the same answers."""
+    kept: dict[int, dict[str, Trace]] = {}
+    for accept in (1, 3, 6):
+        teacher = RejectionSampling(FeatureBackend(), samples=1, temperature=0.0, accept=accept)
+        answers = list(teacher.write(asks, RunInfo(seed=3)))
+        kept[accept] = {one.example_id: one for one in answers if isinstance(one, Trace)}
+        hits = [one for one in asks if one.target_index in kept[accept].get(one.example_id, _NOBODY).order[:accept]]
+        assert len(hits) == len(kept[accept])
+        refused = [one for one in answers if not isinstance(one, Trace)]
+        assert all("put" in one.reason and "first" in one.reason for one in refused)
+    assert 0 < len(kept[1]) < len(kept[3]) < len(kept[6]) == len(asks)
+    assert kept[1].items() <= kept[3].items() <= kept[6].items()
 
 
 def test_without_knowledge_sequences_are_not_used(asks: list[RerankExample]) -> None:
