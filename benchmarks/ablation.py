@@ -4,9 +4,10 @@
 
 For every seed the config runs once (`base`); each arm starts from a copy of that run and does RL and what follows anew,
 with the changes named in ARMS. On the shipped world the seed is also the world's. What is done is not done again. The
-table pools users over seeds: NDCG@5 of RL less SFT and less the given order on the same test users, in points, with
-paired bootstrap 95% intervals; the range of the seeds' own means beside it. `--plot` draws identity, first kept and tau
-of every step (mean over seeds, a rollout is a sample) for the arms.
+table pools users over seeds, or takes each user's mean where all seeds rank the same lists: NDCG@5 of RL less SFT and
+less the given order on the same test users, in points, with paired bootstrap 95% intervals; the range of the seeds' own
+means beside it. `--plot` draws identity, first kept and tau of every step (mean over seeds, a rollout is a sample) for
+the arms.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rerankkit.stages.compare import load_rankings
 
 ARMS: Mapping[str, tuple[str, ...]] = {
     "base": (),
+    "conditional": ("reward.0.use=gr2",),
     "unconditional": ("reward.0.use=gr2-unconditional",),
     "free": ("optimizer.constrain=false",),
     "unconditional-free": ("reward.0.use=gr2-unconditional", "optimizer.constrain=false"),
@@ -90,8 +92,8 @@ def run(config: Path, out: Path, arm: str, seed: int, everywhere: Sequence[str])
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
-def ndcg(folder: Path) -> Mapping[str, NDArray[np.float64]]:
-    """System -> NDCG@5 of each test user, in one order."""
+def ndcg(folder: Path) -> tuple[tuple[str, ...], Mapping[str, NDArray[np.float64]]]:
+    """Ids of the test lists; system -> NDCG@5 of each, in this order."""
     systems = load_rankings(folder / "rankings.parquet")
     scores: dict[str, NDArray[np.float64]] = {}
     for name in ("sft", "rl"):
@@ -99,12 +101,14 @@ def ndcg(folder: Path) -> Mapping[str, NDArray[np.float64]]:
         lists = [[user.relevance[place] for place in user.ranking.order] for user in users]
         scores[name] = ranking_metrics(lists)["NDCG@5"]
     scores["pre-rank"] = ranking_metrics([user.relevance for user in users])["NDCG@5"]
-    return scores
+    return tuple(user.example_id for user in users), scores
 
 
 def row(arm: str, folders: Sequence[Path]) -> str:
-    found = [ndcg(folder) for folder in folders]
+    lists, found = zip(*map(ndcg, folders), strict=True)
     pooled = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    if len(set(lists)) == 1:
+        pooled = {name: values.reshape(len(folders), -1).mean(axis=0) for name, values in pooled.items()}
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     rl = [next(line for line in report["rows"] if line["name"] == "rl") for report in reports]
     cells = [arm, str(len(folders)), f"{len(pooled['rl']):,}"]

@@ -1,7 +1,7 @@
-"""What a run has to beat: simple and boosted rankers on the very lists of a finished run.
+"""What a run has to beat: simple and boosted rankers on the very lists of finished runs.
 
     pip install lightgbm
-    python benchmarks/bars.py RUN [--valid]
+    python benchmarks/bars.py RUN [RUN ...] [--valid]
 
 Everything is fitted on the run's training lists and judged on its test lists (with --valid: its validation lists):
 
@@ -12,8 +12,9 @@ Everything is fitted on the run's training lists and judged on its test lists (w
     rank + evidence    the same ranker over exactly the evidence that the run's prompts show
     everything         both together
 
-and, if the run is finished, its own systems beside them, with paired bootstrap 95% intervals over the same users
-against the given order and against `rank + text` and `rank + evidence`.
+and, of finished runs, their own systems beside them, with paired bootstrap 95% intervals over the same users against
+the given order and against `rank + text` and `rank + evidence`. Several runs are seeds of one config, over the same
+lists: a user's value is the mean over them, and the range of the runs' own means stands beside it.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from rerankkit.math.statistics import paired_bootstrap
 from rerankkit.stages.compare import load_rankings
 
 SHOWN = ("R@1", "R@5", "NDCG@5")
-FACTS = ("alike", "last", "together", "brand", "kind")
+FACTS = ("alike", "last", "together", "brand", "kind", "beside", "follows", "taste")
 
 
-def main(run: Path, split: str) -> None:
+def main(runs: Sequence[Path], split: str) -> None:
+    run = runs[0]
     stages = {folder.name.split("-", 1)[1]: folder for folder in sorted((run / "stages").iterdir())}
     dataset, lists = Dataset.load(stages["data"]), CandidateLists.load(stages["candidates"])
-    shown = json.loads((run / "config.json").read_text())["candidates"].get("evidence", [])
+    shown = json.loads((run / "config.json").read_text())["policy"]["prompt"]["evidence"]
     listed = [one for one in lists if any(one.relevance)]
     facts = Evidence(dataset, FACTS).attached(CandidateLists(tuple(listed)))
     fitted = [one for one in facts if one.split == "train"]
@@ -50,33 +52,51 @@ def main(run: Path, split: str) -> None:
     texts = [text_columns(some, dataset, Evidence(dataset, FACTS)) for some in (fitted, asked)]
     target = np.array([np.argmax(one.relevance) for one in fitted])
     similar = [evidence_columns(some, ("alike",)) for some in (fitted, asked)]
+    both = [np.concatenate(pair, axis=2) for pair in zip(texts, told, strict=True)]
     systems = {
         "as given": -places[1][:, :, 0],
         "rank + similarity": logit(similar[0], target, similar[1]),
         "rank + text": boosted(texts[0], target, texts[1]),
         **({"rank + evidence": boosted(told[0], target, told[1])} if shown else {}),
-        "everything": boosted(*(np.concatenate(pair, axis=2) for pair in [(texts[0], told[0])]), target,
-                              np.concatenate([texts[1], told[1]], axis=2)),
-    }  # fmt: skip
+        "everything": boosted(both[0], target, both[1]),
+    }
     scored = {name: metrics(asked, np.argsort(-scores, axis=1, kind="stable")) for name, scores in systems.items()}
+    ranges: dict[str, str] = {}
     if split == "test" and (run / "rankings.parquet").is_file():
         ids = [one.example_id for one in asked]
-        for name, users in load_rankings(run / "rankings.parquet").items():
-            orders = {user.example_id: user.ranking.order for user in users}
-            if set(ids) <= set(orders):
-                scored[name] = metrics(asked, np.array([orders[example_id] for example_id in ids]))
+        by_run: dict[str, list[Mapping[str, NDArray[np.float64]]]] = {}
+        for each in runs:
+            for name, users in load_rankings(each / "rankings.parquet").items():
+                orders = {user.example_id: user.ranking.order for user in users}
+                if set(ids) != set(orders):
+                    sys.exit(f"{each}: {name} ranked other lists than those of {run}")
+                by_run.setdefault(name, []).append(metrics(asked, np.array([orders[one] for one in ids])))
+        for name, each_run in by_run.items():
+            scored[name] = {key: np.mean([one[key] for one in each_run], axis=0) for key in each_run[0]}
+            means = sorted(one["NDCG@5"].mean() for one in each_run)
+            ranges[name] = f"{means[0]:.3f} to {means[-1]:.3f}".replace("0.", ".")
+        pairs = [(a, b) for a, b in (("rl", "sft"), ("sft", "mid-train")) if a in scored and b in scored]
+        for name, other in pairs:
+            drawn = paired_bootstrap(scored[name]["NDCG@5"], scored[other]["NDCG@5"])
+            print(f"{name} less {other}: {100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]")
     against = [name for name in ("as given", "rank + text", "rank + evidence") if name in scored]
-    print(f"{run}, {split}: n = {len(asked):,}; fitted on {len(fitted):,} training lists")
-    print("| system | " + " | ".join(SHOWN) + " | " + " | ".join(f"NDCG@5 over {name}" for name in against) + " |")
-    print("| --- " * (1 + len(SHOWN) + len(against)) + "|")
+    print(f"{', '.join(map(str, runs))}, {split}: n = {len(asked):,}; fitted on {len(fitted):,} training lists")
+    print(
+        "| system | "
+        + " | ".join(SHOWN)
+        + " | by run | "
+        + " | ".join(f"NDCG@5 over {name}" for name in against)
+        + " |"
+    )
+    print("| --- " * (2 + len(SHOWN) + len(against)) + "|")
     for name, values in scored.items():
         means = [f"{values[metric].mean():.3f}"[1:] for metric in SHOWN]
         differences = []
         for other in against:
-            found = paired_bootstrap(values["NDCG@5"], scored[other]["NDCG@5"])
-            numbers = f"{100 * found.difference:+.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+            drawn = paired_bootstrap(values["NDCG@5"], scored[other]["NDCG@5"])
+            numbers = f"{100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]"
             differences.append("" if other == name else numbers)
-        print(f"| {name} | " + " | ".join([*means, *differences]) + " |")
+        print(f"| {name} | " + " | ".join([*means, ranges.get(name, ""), *differences]) + " |")
 
 
 def metrics(asked: Sequence[CandidateList], orders: NDArray[np.int64]) -> Mapping[str, NDArray[np.float64]]:
@@ -143,6 +163,6 @@ def boosted(fitted: NDArray[np.float64], target: NDArray[np.int64], asked: NDArr
 
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--valid"]
-    if len(arguments) != 1:
+    if not arguments:
         sys.exit(__doc__)
-    main(Path(arguments[0]), "valid" if "--valid" in sys.argv else "test")
+    main([Path(argument) for argument in arguments], "valid" if "--valid" in sys.argv else "test")
