@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 AdvantageKind: TypeAlias = Literal["zscore", "centred", "batch", "leave-one-out"]
+"""What a reward is compared with: see `group_advantages`."""
 
 SAME = 1e-6
 """Rewards closer than this are one reward: sums of weighted parts differ in the last bits."""
