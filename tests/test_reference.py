@@ -50,14 +50,16 @@ def public(module: str) -> dict[str, Any]:
     return {name: getattr(home, name) for name in own | set(home.__annotations__) if not name.startswith("_")}
 
 
-def members(kind: type) -> dict[str, Any]:
+def members(kind: Any) -> dict[str, Any]:
     """Public methods and properties of a class and of our own classes that it builds on, as functions."""
-    found = {}
-    for owner in kind.__mro__:
-        for name, value in list(vars(owner).items()) if owner.__module__.startswith("rerankkit") else ():
+    found: dict[str, Any] = {}
+    owners = kind.__mro__ if inspect.isclass(kind) else ()
+    for owner in [owner for owner in owners if owner.__module__.startswith("rerankkit")]:
+        for name, value in list(vars(owner).items()):
             function = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
             is_field = name in getattr(kind, "__dataclass_fields__", ())
-            if inspect.isfunction(function) and not name.startswith(("_", "test_")) and not is_field:
+            is_public = name == "__call__" or not name.startswith(("_", "test_"))
+            if inspect.isfunction(function) and is_public and not is_field:
                 found.setdefault(name, function)
     return found
 
@@ -84,14 +86,11 @@ def test_what_is_public_says_what_it_is(module: str) -> None:
     told = entries(module)
 
     for name, value in public(module).items():
-        if inspect.isclass(value):
-            parts = {name: value, **{f"{name}.{inner}": function for inner, function in members(value).items()}}
-        elif inspect.isroutine(value):
-            parts = {name: value}
-        else:
+        if not inspect.isclass(value) and not inspect.isroutine(value):
             assert told[name].partition("\n")[2].strip(), f"{name} has no string under it"
             continue
-        for path, part in parts.items():
+        inside = {f"{name}.{inner}": function for inner, function in members(value).items()}
+        for path, part in {name: value, **inside}.items():
             assert (part.__doc__ or "").strip(), f"{path} has no docstring"
             assert not part.__doc__.startswith(f"{name}("), f"{path} has the docstring that a dataclass makes"
 
@@ -110,7 +109,7 @@ def test_signatures_are_python_and_those_of_the_code(module: str) -> None:
     for name, value in public(module).items():
         if inspect.isroutine(value):
             arguments(name + told[name].partition("`")[0], value)
-        for inner, function in members(value).items() if inspect.isclass(value) else ():
+        for inner, function in members(value).items():
             if told[name]:
                 [typed] = re.findall(rf"^  - `(?:{name}\.)?({inner}\b.*)`", told[name], re.M)
             else:  # a record or a protocol: it has a table
@@ -123,13 +122,14 @@ def test_signatures_are_python_and_those_of_the_code(module: str) -> None:
                 ast.parse(typed)
 
 
-def test_every_type_in_a_signature_is_explained() -> None:
+def test_every_function_and_type_in_a_signature_is_explained() -> None:
     names = REFERENCE.partition("\n## Public names\n")[2]
     typed = " ".join(re.findall(r"^ *- `(.*)`", names, re.M))
     types_named = set(re.findall(r"\b[A-Z]\w*", re.sub(r'"[^"]*"', "", typed)))
     explained = {*re.findall(r"^### (\w+)", REFERENCE, re.M), *re.findall(r"^- `(\w+)", names, re.M)}
 
     assert types_named - explained == NOT_EXPLAINED
+    assert re.findall(r"^ *- `[\w.]+\(.*`$", names, re.M) == []  # a function, and nothing below it
 
 
 def test_every_hook_method_record_rule_metric_and_column_is_there() -> None:

@@ -41,9 +41,9 @@ class Policy:
     thinks: bool
     """Whether its answers have an explanation."""
     end_text: str
-    """The token that closes an assistant turn, in text."""
+    """What the chat template writes after an assistant's words."""
     end_id: int
-    """Its id."""
+    """The token that closes an assistant turn."""
     adapters: Any
     """What peft wraps the model in within `adapted`; otherwise None."""
 
