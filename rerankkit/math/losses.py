@@ -223,13 +223,14 @@ def mean_stats(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """DAPO's soft punishment of long answers, to be added to the reward (Yu et al. 2025, 2503.14476, eq. 13).
+    """DAPO's soft punishment of long answers, all in tokens, to be added to the reward (Yu et al. 2025,
+    2503.14476, eq. 13).
 
         0                                           length <= max_length - buffer
         ((max_length - buffer) - length) / buffer   up to max_length
         -1                                          beyond
 
-    All in tokens. Raises ValueError unless 0 <= buffer <= max_length.
+    Raises ValueError unless 0 <= buffer <= max_length.
     """
     if not 0 <= buffer <= max_length:
         raise ValueError(f"buffer must lie between 0 and max_length = {max_length} tokens, not {buffer}")
