@@ -8,13 +8,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
+from textwrap import dedent
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -197,26 +200,25 @@ MODULES = {
     "rerankkit.testing": "For tests of parts.",
     "rerankkit.adapters": "Bridges to other libraries' shapes: [adapters](adapters.md).",
     "rerankkit.lm": "The policy's abilities, for optimizers; importing it imports torch.",
-    "rerankkit.math": "Pure functions; import the module you need.",
-    "rerankkit.text": "Prompts, answers, the parser; import the module you need.",
     "rerankkit.gates": "Conditions, and rewards that are paid only where one holds: [gates](rewards.md#gates).",
+    "rerankkit.math": "",  # of these two the modules inside are public
+    "rerankkit.text": "",
 }
+HANDED_OUT = {
+    "rerankkit.plugins": ("plugins.Slot", "plugins.PartSpec", "plugins.Plugins", "plugins.LoadedPlugin"),
+    "rerankkit.stages.rank_asks": ("stages.rank_asks.Ask", "stages.rank_asks.Answer", "stages.rank_asks.Unknown"),
+    "rerankkit.testing.records": ("testing.records.MadeWorld",),
+    "rerankkit.testing.zoo": ("stages.audit.Audit", "stages.audit.Level", "stages.audit.Finding"),
+    "rerankkit.lm.meter": ("lm.meter.Meter",),
+    "rerankkit.lm.permutation": ("lm.permutation.Allowed",),
+}
+"""What the public names of a module give and take, and nobody needs to import."""
 
 
 def reference() -> str:
     """Hooks, protocols, records, contracts, metrics, columns and public names."""
-    return "\n".join(
-        [
-            REFERENCE_HEAD,
-            *_hooks(),
-            *_protocols(),
-            *_records(),
-            *_contracts(),
-            *_metrics(),
-            *_columns(),
-            *_public_names(),
-        ]
-    )
+    sections = (_hooks, _protocols, _records, _contracts, _metrics, _columns, _public_names)
+    return "\n".join([REFERENCE_HEAD, *(text for section in sections for text in section() if text)])
 
 
 def _hooks() -> Iterator[str]:
@@ -234,13 +236,7 @@ def _protocols() -> Iterator[str]:
     for name, protocol in _own_classes(protocols):
         optional = " (optional)" if name in ("Reconstructs", "Tells") else ""
         yield f"### {name}{optional}\n\n{_told(protocol)}\n"
-        rows = []
-        for method, value in vars(protocol).items():
-            if isinstance(value, property):
-                rows.append((f"`{method}`", f"`{_shown(value.fget)}`", _told(value)))
-            elif inspect.isfunction(value) and (not method.startswith("_") or method == "__call__"):
-                rows.append((f"`{method}`", f"`{_shown(value)}`", _told(value)))
-        yield _grid(("method", "", ""), rows)
+        yield _grid(("method", "", ""), _method_rows(protocol))
 
 
 def _records() -> Iterator[str]:
@@ -254,6 +250,8 @@ def _records() -> Iterator[str]:
                 for field in dataclasses.fields(record)
             ]
             yield _grid(("field", "type", "default", ""), rows)
+            methods = _method_rows(record)
+            yield _grid(("method", "", ""), methods) if methods else ""
         elif issubclass(record, str):  # an enumeration
             yield f"### {name}\n\n{_told(record)}\n"
             about = _under_fields(record)
@@ -292,30 +290,154 @@ def _columns() -> Iterator[str]:
 
 
 def _public_names() -> Iterator[str]:
-    yield "## Public names\n"
+    yield (
+        "## Public names\n\n"
+        "Import them from the module in the heading. Each has its docstring's first paragraph, and what it raises; "
+        "Python's `help` has the rest. A class shown without arguments takes its fields. What is listed under *they "
+        "give and take* is not to be imported.\n"
+    )
     for module, about in MODULES.items():
-        home = import_module(module)
-        yield f"### {module}\n\n{about}\n"
-        rows = []
-        for name, value in sorted(_offered(home), key=lambda one: one[0].lower()):
-            named = inspect.isclass(value) or inspect.isroutine(value)
-            rows.append((f"`{name}`", _first(value) if named else ""))
-        yield _grid(("name", ""), rows)
+        home: Any = import_module(module)
+        if hasattr(home, "__all__"):
+            yield f"### {module}\n\n{about}\n"
+            yield from _by_origin(module, home.__all__)
+        elif not hasattr(home, "__path__"):
+            yield from _module(module, about)
+        else:
+            for inner in iter_modules(home.__path__):
+                yield from _module(f"{module}.{inner.name}", _first(import_module(f"{module}.{inner.name}")))
 
 
-def _offered(home: Any) -> Iterator[tuple[str, Any]]:
-    """What `__all__` names; of modules without it, and of those in a package without it, what they define."""
-    if hasattr(home, "__all__"):
-        yield from ((name, getattr(home, name)) for name in home.__all__)
-        return
-    for inner in iter_modules(getattr(home, "__path__", ())):
-        module = import_module(f"{home.__name__}.{inner.name}")
-        yield from ((f"{inner.name}.{name}", value) for name, value in _offered(module))
-    tree = ast.parse(Path(home.__file__).read_text(encoding="utf-8"))
-    for node in tree.body:
-        target = getattr(node, "name", "") or getattr(getattr(node, "target", None), "id", "")
-        if target and not target.startswith("_"):
-            yield target, getattr(home, target)
+def _module(module: str, about: str) -> Iterator[str]:
+    """What a module without `__all__` defines, in its order."""
+    tree = _tree(module)
+    names = [getattr(node, "name", "") or getattr(getattr(node, "target", None), "id", "") for node in tree.body]
+    yield f"### {module}\n\n{about}\n"
+    yield "".join(_entry(module, name) for name in names if name and not name.startswith("_"))
+
+
+def _by_origin(module: str, names: Sequence[str]) -> Iterator[str]:
+    """What a package gathers: the module that defines a name says what its neighbours are about."""
+    origins = {name: _origin(module, name) for name in names}
+    above = {name for home in (protocols, types) for name, kind in _own_classes(home)}
+    for origin in sorted(set(origins.values())):
+        inside = [name for name in names if origins[name] == origin]
+        entries = [_entry(origin, name) for name in inside if name not in above]
+        linked = [f"[`{name}`](#{name.lower()})" for name in inside if name in above]
+        yield f"{_first(import_module(origin))}\n"
+        yield f"Above: {', '.join(linked)}.\n" if linked else ""
+        yield "".join(entries)
+        if origin in HANDED_OUT:
+            yield "They give and take:\n"
+            yield "".join(_entry(*f"rerankkit.{path}".rsplit(".", 1)) for path in HANDED_OUT[origin])
+
+
+def _origin(module: str, name: str) -> str:
+    """The module that defines what `module` offers under this name."""
+    tree = _tree(module)
+    blocks = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.If))]  # if TYPE_CHECKING
+    for node in (node for block in blocks for node in block):
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return _origin(str(node.module), name)
+    return module
+
+
+def _entry(module: str, name: str) -> str:
+    """A name, as one would type it, and what it is; below a class its fields and methods."""
+    value = getattr(import_module(module), name)
+    if inspect.isclass(value):
+        init = vars(value).get("__init__") if not dataclasses.is_dataclass(value) else None
+        made = _typed(init).removesuffix(" -> None") if inspect.isfunction(init) else ""
+        about = f"{_first(value)} {_first(init) if made else ''}".strip()
+        inner = [_item(shown, told) for shown, told in [*_fields(value), *_methods(value)]]
+        return _item(name + made, about) + "".join(f"  {line}\n" for line in "".join(inner).splitlines())
+    if inspect.isroutine(value):
+        return _item(name + _typed(value), _first(value))
+    return _item(*_constant(module, name))
+
+
+def _item(shown: str, about: str) -> str:
+    return f"- `{shown}`" + (f"\\\n  {about}\n" if about else "\n")
+
+
+def _constant(module: str, name: str) -> tuple[str, str]:
+    """An alias with what it stands for, any other constant with its type; and the string under it."""
+    body = _tree(module).body
+    for node, text in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value:
+            alias = ast.unparse(node.annotation) == "TypeAlias"
+            shown = f"{name} = {ast.unparse(node.value)}" if alias else f"{name}: {ast.unparse(node.annotation)}"
+            return shown.replace("'", '"'), _string(text)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return name, _string(text)
+    raise LookupError(f"{module} defines no {name}")
+
+
+def _fields(kind: type) -> Iterator[tuple[str, str]]:
+    """Fields of a class and of rerankkit's own classes that it builds on, as they are typed."""
+    for owner in _owners(kind):
+        about = _under_fields(owner)
+        source = inspect.getsource(owner)
+        [tree] = ast.parse(source).body
+        assert isinstance(tree, ast.ClassDef)
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and not (name := ast.unparse(node.target)).startswith("_"):
+                shown = " ".join((ast.get_source_segment(source, node) or "").split())
+                shown = re.sub(r"field\(default_factory=(?:lambda: (.+)|(\w+))\)$", r"\1\2()", shown)
+                if owner is kind or name in about:
+                    yield shown.replace("dict()", "{}").replace(")()", ")"), about.get(name, "")
+
+
+def _methods(kind: type) -> Iterator[tuple[str, str]]:
+    """`name(arguments) -> result` of every public method, `name: type` of every property; and what each does."""
+    found: dict[str, Any] = {name: value for owner in _owners(kind) for name, value in vars(owner).items()}
+    for name, value in found.items():
+        function = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", value)
+        hidden = name.startswith(("_", "test_")) and name != "__call__"
+        if not inspect.isfunction(function) or hidden or name in getattr(kind, "__dataclass_fields__", ()):
+            continue
+        shown = _typed(function)
+        if isinstance(value, property | cached_property):
+            shown = f"{name}: {shown.partition(' -> ')[2]}"
+        elif isinstance(value, classmethod | staticmethod):
+            shown = f"{kind.__name__}.{name}{shown}"
+        else:
+            shown = name + shown
+        yield shown, _told(function)
+
+
+def _method_rows(kind: type) -> list[tuple[str, str, str]]:
+    rows = []
+    for shown, told in _methods(kind):
+        name, _, rest = re.split(r"(: |(?=\())", shown, maxsplit=1)
+        rows.append((f"`{name}`", f"`{rest}`", told))
+    return rows
+
+
+def _owners(kind: type) -> list[type]:
+    return [owner for owner in reversed(kind.__mro__) if owner.__module__.startswith("rerankkit")]
+
+
+def _typed(function: Any) -> str:
+    """Arguments and result on one line, as the source has them, but for a constant its value.
+
+    A context manager is called what it is.
+    """
+    inner = inspect.unwrap(function)
+    lines = dedent(inspect.getsource(inner)).splitlines()
+    [tree] = ast.parse("\n".join(lines)).body
+    assert isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef)
+    header = " ".join(" ".join(lines[tree.lineno - 1 : tree.body[0].lineno - 1]).split())
+    shown = header[header.index("(") :].removesuffix(":").replace("( ", "(").replace(", )", ")").replace(" )", ")")
+    values = inner.__globals__
+    shown = re.sub(r"(?<= = )[A-Z][A-Z_]+\b", lambda found: repr(values[found[0]]), shown)
+    if inspect.isgeneratorfunction(inner) and not inspect.isgeneratorfunction(function):
+        shown = shown.replace("-> Iterator[", "-> ContextManager[")
+    return re.sub(r"^\((self|cls)(, )?", "(", shown)
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(Path(str(import_module(module).__file__)).read_text(encoding="utf-8"))
 
 
 def _own_classes(module: Any) -> Iterator[tuple[str, type]]:
@@ -326,19 +448,14 @@ def _own_classes(module: Any) -> Iterator[tuple[str, type]]:
 
 
 def _told(value: Any) -> str:
-    return " ".join((inspect.getdoc(value) or "").split())
+    return " ".join((value.__doc__ or "").split())
 
 
 def _first(value: Any) -> str:
-    """The first sentence or line of the docstring; none for what another library made."""
-    if not str(getattr(value, "__module__", "")).startswith("rerankkit"):
-        return ""
-    lines = (inspect.getdoc(value) or "").split("\n\n")[0]
-    return " ".join(lines.split())
-
-
-def _shown(function: Any) -> str:
-    return str(inspect.signature(function)).replace("'", "").replace("(self, ", "(").replace("(self)", "()")
+    """The first paragraph of the docstring, and of the rest what is raised."""
+    first, _, rest = inspect.cleandoc(value.__doc__ or "").partition("\n\n")
+    raised = re.findall(r"(?:^|(?<=[.:] ))Raises .+?\.(?= |$)", " ".join(rest.split()))
+    return " ".join([*first.split(), *raised])
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -355,11 +472,16 @@ def _under_fields(record: type) -> Mapping[str, str]:
     assert isinstance(tree, ast.ClassDef)
     found = {}
     for field, text in pairwise(tree.body):
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-            target = field.target if isinstance(field, ast.AnnAssign) else getattr(field, "targets", [None])[0]
-            if isinstance(target, ast.Name):
-                found[target.id] = " ".join(text.value.value.split())
+        target = field.target if isinstance(field, ast.AnnAssign) else getattr(field, "targets", [None])[0]
+        if isinstance(target, ast.Name) and _string(text):
+            found[target.id] = _string(text)
     return found
+
+
+def _string(node: ast.AST | None) -> str:
+    """The string that stands alone in a statement, on one line."""
+    value = getattr(getattr(node, "value", None), "value", None) if isinstance(node, ast.Expr) else None
+    return " ".join(value.split()) if isinstance(value, str) else ""
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

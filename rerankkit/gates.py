@@ -79,6 +79,7 @@ class Gate:
     """The condition's name in the log."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        """One outcome for each rollout, in order."""
         return [self._one(rollout, outcome) for rollout, outcome in zip(rollouts, self.reward(rollouts), strict=True)]
 
     def _one(self, rollout: Rollout, outcome: Outcome) -> Outcome:

@@ -37,6 +37,7 @@ ONLY = "RERANKKIT_PLUGINS"
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
+"""Decorator of a plugin module's functions that are hooks: `@hookimpl`, without brackets."""
 
 
 P = TypeVar("P")
@@ -74,6 +75,7 @@ class Slot(Generic[P]):
     kind: str
     parts: dict[str, PartSpec[P]] = field(default_factory=dict)
     owner: tuple[str, str, str] = ("", "", "")
+    """Plugin, distribution and version of whoever is registering now."""
 
     def add(self, name: str, config: type[C], build: Callable[[C, RunInfo], P]) -> None:
         """Offer a part under `name`. `build` is called only when a run has chosen it: import heavy things there.
@@ -171,6 +173,7 @@ class Plugins:
     register: Register
     loaded: tuple[LoadedPlugin, ...]
     hooks: Any
+    """Calls a hook in every plugin: `hooks.rerankkit_report(report=...)` gives a list of results."""
 
     def part(self, kind: str, name: str, where: str) -> PartSpec[Any]:
         """The part that a config names at the path `where`. Raises PluginError with what was possible."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 
-import rerankkit
 from rerankkit import protocols, types
 from rerankkit.adapters import COLUMNS
 from rerankkit.config import RunConfig
@@ -23,13 +26,110 @@ DOCS = Path(__file__).parent.parent / "docs"
 REFERENCE = (DOCS / "reference.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("module", ["rerankkit", "rerankkit.testing", "rerankkit.adapters", "rerankkit.lm"])
-def test_every_public_name_is_there_and_can_be_imported(module: str) -> None:
-    home = import_module(module)
-    section = REFERENCE.partition(f"\n### {module}\n")[2].partition("\n### ")[0]
+PACKAGES = ["rerankkit", "rerankkit.testing", "rerankkit.adapters", "rerankkit.lm"]
+MODULES = ["rerankkit.gates"] + [
+    f"{package}.{inner.name}"
+    for package in ("rerankkit.math", "rerankkit.text")
+    for inner in iter_modules(import_module(package).__path__)
+]
+NOT_EXPLAINED = {
+    *("Any", "Callable", "ClassVar", "ContextManager", "False", "Iterable", "Iterator", "Literal", "Mapping", "None"),
+    *("NDArray", "Path", "Sequence", "Tensor", "True", "AdamW", "Optimizer", "Module"),  # others' types
+    *("C", "P", "R", "T"),  # type variables
+    *("Evaluate", "SidTable", "Spaces", "Dataset", "CandidateLists", "Mean"),  # fields for ourselves
+    *("AnswerPieces", "State"),  # of a mask: to be handed back
+    *("OptimizerTrial", "RewardTrial", "TeacherTrial", "TokenizerTrial"),  # RULES take them apart
+}
 
-    assert [name for name in home.__all__ if f"| `{name}` |" not in section] == []
-    assert all(getattr(home, name) is not None for name in home.__all__)
+
+def public(module: str) -> dict[str, Any]:
+    home = import_module(module)
+    if module in PACKAGES:
+        return {name: getattr(home, name) for name in home.__all__}
+    own = {name for name, value in vars(home).items() if getattr(value, "__module__", "") == module and callable(value)}
+    return {name: getattr(home, name) for name in own | set(home.__annotations__) if not name.startswith("_")}
+
+
+def members(kind: Any) -> dict[str, Any]:
+    """Public methods and properties of a class and of our own classes that it builds on, as functions."""
+    found: dict[str, Any] = {}
+    owners = kind.__mro__ if inspect.isclass(kind) else ()
+    for owner in [owner for owner in owners if owner.__module__.startswith("rerankkit")]:
+        for name, value in list(vars(owner).items()):
+            function = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
+            is_field = name in getattr(kind, "__dataclass_fields__", ())
+            is_public = name == "__call__" or not name.startswith(("_", "test_"))
+            if inspect.isfunction(function) and is_public and not is_field:
+                found.setdefault(name, function)
+    return found
+
+
+def entries(module: str) -> dict[str, str]:
+    """Name -> all that its section says of it, for a section of the public names; each name is there once."""
+    section = REFERENCE.partition(f"\n### {module}\n")[2].partition("\n### ")[0]
+    found = re.findall(r"^- `(\w+)(.*(?:\n  .*)*)", section, re.M)
+    names = [name for name, _ in found] + re.findall(r"\[`(\w+)`\]\(#\w+\)", section)
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    return {**dict.fromkeys(names, ""), **dict(found)}
+
+
+@pytest.mark.parametrize("module", [*PACKAGES, *MODULES])
+def test_every_public_name_is_there_once_and_can_be_imported(module: str) -> None:
+    known, told = public(module), entries(module)
+
+    assert [name for name in known if name not in told] == []
+    assert all(value is not None for value in known.values())
+
+
+@pytest.mark.parametrize("module", [*PACKAGES, *MODULES])
+def test_what_is_public_says_what_it_is(module: str) -> None:
+    told = entries(module)
+
+    for name, value in public(module).items():
+        if not inspect.isclass(value) and not inspect.isroutine(value):
+            assert told[name].partition("\n")[2].strip(), f"{name} has no string under it"
+            continue
+        inside = {f"{name}.{inner}": function for inner, function in members(value).items()}
+        for path, part in {name: value, **inside}.items():
+            assert (part.__doc__ or "").strip(), f"{path} has no docstring"
+            assert not part.__doc__.startswith(f"{name}("), f"{path} has the docstring that a dataclass makes"
+
+
+@pytest.mark.parametrize("module", [*PACKAGES, *MODULES])
+def test_signatures_are_python_and_those_of_the_code(module: str) -> None:
+    told = entries(module)
+    above = REFERENCE.partition("\n## Public names\n")[0]
+
+    def arguments(typed: str, function: Any) -> None:
+        [shown] = ast.parse(f"def {typed}: ...").body
+        assert isinstance(shown, ast.FunctionDef)
+        names = {arg.arg for arg in ast.walk(shown.args) if isinstance(arg, ast.arg)}
+        assert names == set(inspect.signature(function).parameters) - {"self", "cls"}, typed
+
+    for name, value in public(module).items():
+        if inspect.isroutine(value):
+            arguments(name + told[name].partition("`")[0], value)
+        for inner, function in members(value).items():
+            if told[name]:
+                [typed] = re.findall(rf"^  - `(?:{name}\.)?({inner}\b.*)`", told[name], re.M)
+            else:  # a record or a protocol: it has a table
+                section = above.partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+                [typed] = re.findall(rf"^\| `{inner}` \| `(.*?)` \|", section, re.M)
+                typed = (inner if typed.startswith("(") else f"{inner}: ") + typed.replace("\\|", "|")
+            if typed.startswith(f"{inner}("):
+                arguments(typed, function)
+            else:
+                ast.parse(typed)
+
+
+def test_every_function_and_type_in_a_signature_is_explained() -> None:
+    names = REFERENCE.partition("\n## Public names\n")[2]
+    typed = " ".join(re.findall(r"^ *- `(.*)`", names, re.M))
+    types_named = set(re.findall(r"\b[A-Z]\w*", re.sub(r'"[^"]*"', "", typed)))
+    explained = {*re.findall(r"^### (\w+)", REFERENCE, re.M), *re.findall(r"^- `(\w+)", names, re.M)}
+
+    assert types_named - explained == NOT_EXPLAINED
+    assert re.findall(r"^ *- `[\w.]+\(.*`$", names, re.M) == []  # a function, and nothing below it
 
 
 def test_every_hook_method_record_rule_metric_and_column_is_there() -> None:
@@ -50,12 +150,6 @@ def test_every_hook_method_record_rule_metric_and_column_is_there() -> None:
     for record in records:
         assert f"\n### {record.__name__}\n" in REFERENCE
     assert len(records) >= 14
-
-
-def test_what_is_public_says_what_it_is() -> None:
-    for name in rerankkit.__all__:
-        if name != "Sid" and name != "Outcome":  # aliases
-            assert (getattr(rerankkit, name).__doc__ or "").strip(), name
 
 
 def blocks() -> list[type[PluginConfig]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rerankkit.errors import DataError
+
+if TYPE_CHECKING:
+    from rerankkit.stages.rank_asks import Ranker
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Result:
 
     @property
     def doc_id(self) -> str | int:
-        """The document's."""
+        """The document's id."""
         return self.document.doc_id
 
     @property
     def text(self) -> str:
-        """The document's."""
+        """The document's text."""
         return self.document.text
 
 
@@ -84,6 +87,9 @@ class Reranker:
     language in it. A document is an item: `doc_ids` are item ids, and `docs` their texts, which are used for items that
     the run does not know. `how` goes to `rerankkit.Ranker.load`: `policy`, `device`, `batch_size`, ...
     """
+
+    ranker: Ranker
+    """What it asks."""
 
     def __init__(self, run: str | Path, **how: Any) -> None:
         from rerankkit.stages.rank_asks import Ranker

@@ -40,11 +40,11 @@ def update_on_groups(
     groups_per_pass: int = sys.maxsize,
 ) -> dict[str, float]:
     """Optimizer steps down `policy_loss` on P groups of at most G rollouts; returns what to log about them.
+    prompts: [P], the token ids that each group continues. advantages, keep (bool): [P, G].
 
-    prompts: [P], the token ids that each group continues. advantages, keep: [P, G], of which a smaller group fills the
-    beginning of its row; rollouts that are not kept leave the loss and its denominator. `updates` has, for each
-    optimizer step, the indices of the groups that it is on: all of them in one step, unless given. A step whose groups
-    have nothing kept is left out.
+    A smaller group fills the beginning of its row; rollouts that are not kept leave the loss and its denominator.
+    `updates` has, for each optimizer step, the indices of the groups that it is on: all of them in one step, unless
+    given. A step whose groups have nothing kept is left out.
 
     Log-probabilities are taken as the rollouts were drawn: at `temperature`, under the mask of `allowed_ids`, and
     tokens that the mask forced count nowhere. `Rollout.logps` are those of the policy that sampled. Give a

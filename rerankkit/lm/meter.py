@@ -99,13 +99,13 @@ class Work(NamedTuple):
 
 
 def sequence_work(lengths: Iterable[int], num_logits: int) -> Work:
-    """Of separate sequences: n tokens see n (n + 1) / 2 pairs."""
+    """The work of separate sequences: n tokens see n (n + 1) / 2 pairs."""
     sizes = list(lengths)
     return Work(sum(sizes), num_logits, sum(n * (n + 1) // 2 for n in sizes))
 
 
 def group_work(prompt_length: int, completion_lengths: Sequence[int]) -> Work:
-    """Of completions that share their prompt: it is read once, and every completion sees it and itself."""
+    """The work of completions that share their prompt: it is read once, and every completion sees it and itself."""
     shared = sum(prompt_length * n for n in completion_lengths)
     prompt = sequence_work([prompt_length], 0)
     return prompt + sequence_work(completion_lengths, sum(completion_lengths)) + Work(0, 0, shared)

@@ -28,6 +28,25 @@ two SIDs are told from one another before training, near enough that neither sta
 class Policy:
     """What every stage shares. `model` may be trained in place; everything else changes only through `extend`."""
 
+    model: Any
+    """A causal language model of transformers."""
+    text_tokenizer: Any
+    """The tokenizer of transformers that goes with it."""
+    style: PromptStyle
+    """How it was trained to be asked."""
+    surface: SidSurface
+    """How it spells SIDs."""
+    codebook_sizes: tuple[int, ...]
+    """Of the SIDs that it can spell; empty before `extend`."""
+    thinks: bool
+    """Whether its answers have an explanation."""
+    end_text: str
+    """What the chat template writes after an assistant's words."""
+    end_id: int
+    """The token that closes an assistant turn."""
+    adapters: Any
+    """What peft wraps the model in within `adapted`; otherwise None."""
+
     def __init__(
         self,
         model: Any,
@@ -53,7 +72,7 @@ class Policy:
         self.surface = surface or SidSurface()
         self.codebook_sizes = tuple(codebook_sizes)
         self.thinks = thinks
-        self.adapters: Any = None  # peft's wrapper, while adapters are trained
+        self.adapters = None
         self.end_text, self.end_id = self._turn_end()
 
     @property

@@ -39,7 +39,7 @@ def is_sharded(policy: Policy) -> bool:
 
 
 def adamw(policy: Policy, **settings: Any) -> torch.optim.AdamW:
-    """AdamW for what is trained of a policy; make it within `sharded`."""
+    """AdamW for what is trained of a policy, with these `settings` of torch's; make it within `sharded`."""
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], **settings)
     engage(policy, optimizer)
     return optimizer

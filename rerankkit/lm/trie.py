@@ -19,6 +19,9 @@ ROOT = 0
 class SidTrie:
     """Every catalogue SID spelled as tokens. Nodes are ints, `ROOT` the first; there is no way to leave the trie."""
 
+    depth: int
+    """Tokens of each SID."""
+
     def __init__(self, spellings: Iterable[tuple[Sid, Sequence[int]]]) -> None:
         """Raises ValueError unless all spellings are equally long, not empty, and no two SIDs are spelled alike."""
         branches: list[dict[int, int]] = [{}]

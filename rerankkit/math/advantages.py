@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 AdvantageKind: TypeAlias = Literal["zscore", "centred", "batch", "leave-one-out"]
+"""What a reward is compared with: see `group_advantages`."""
 
 SAME = 1e-6
 """Rewards closer than this are one reward: sums of weighted parts differ in the last bits."""
@@ -26,7 +27,8 @@ class Advantages(NamedTuple):
 def group_advantages(
     rewards: Tensor, keep: Tensor | None = None, kind: AdvantageKind = "zscore", eps: float = 1e-6
 ) -> Advantages:
-    """How much better each rollout is than its group: rewards [P, G] of P prompts with G rollouts each.
+    """How much better each rollout is than its group: rewards [P, G] of P prompts with G rollouts each,
+    `keep` [P, G] bool for those that count (default: all).
 
     With mean and standard deviation over the n kept rollouts of the group:
 
@@ -37,8 +39,8 @@ def group_advantages(
                            = (R_i - mean) * n / (n - 1)            RLOO, Ahmadian et al. 2024, 2402.14740, section 2.3
 
     The std of all is that of the kept rewards of all groups that have signal: others leave the batch whole. The papers
-    do not say which standard deviation; ours divides by n - 1, as TRL and verl do. `keep` [P, G] bool: rollouts that
-    have no reward, or were filtered, leave mean and deviation (their rewards may be NaN). Rows without signal must
+    do not say which standard deviation; ours divides by n - 1, as TRL and verl do. Rollouts that are not kept,
+    for want of a reward or by a filter, leave mean and deviation (their rewards may be NaN). Rows without signal must
     leave the loss and its denominator: give `has_signal` on as `policy_loss(..., keep=)`.
     Raises ValueError for a kept reward that is not finite.
     """
@@ -62,13 +64,14 @@ def group_advantages(
 
 
 def pass_at_k_bonus(values: Tensor, k: int, keep: Tensor | None = None) -> Tensor:
-    """What each rollout adds to the best of k: [P, G], never negative, 0 where not kept or where fewer than k are.
+    """What each of `values` [P, G] adds to the best of k: [P, G], never negative, 0 where not kept or where
+    fewer than k are.
 
         B_i = k * mean over all sets S of k - 1 other kept rollouts of max(0, V_i - max over S of V)
 
     Added to a mean over rollouts of A log pi, it is an unbiased estimate of the gradient of E[max of k samples], which
     is pass@k where values are 0 and 1 (Walder and Karkhanis 2025, 2505.15201, with their baseline over the k - 1
-    others). `values` [P, G] may be rewards or advantages: shifting a group changes nothing, and scaling it scales B.
+    others). `values` may be rewards or advantages: shifting a group changes nothing, and scaling it scales B.
     Raises ValueError unless k is at least 2: for k = 1 it is the advantage itself.
     """
     if k < 2:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rerankkit.math.advantages import AdvantageKind
 
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
+"""See `kl_estimates`."""
 
 _MAX_LOG_RATIO = 20.0  # exp() of more is inf, and a clipped inf has the gradient 0 * inf = NaN
 
@@ -89,6 +90,7 @@ PRESETS: Mapping[str, LossSettings] = MappingProxyType(
         "cispo": LossSettings(surrogate="weighted", clip_low=1.0, clip_high=4.0),
     }
 )
+"""The published ones by name: grpo, dapo, dr-grpo, gspo, cispo."""
 
 
 def policy_loss(
@@ -103,11 +105,12 @@ def policy_loss(
     ref_logps: Tensor | None = None,
     entropies: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss to minimise (a scalar), and what to log about it.
+    """The loss to minimise (a scalar), and what to log about it, of K tokens in N rollouts: logps, old_logps [K],
+    row_ids [K] (the rollout of each token), advantages [N]; only logps is differentiated.
 
-    logps, old_logps, row_ids: [K]; only logps is differentiated. advantages: [N]. `keep` [N] bool: rollouts that count.
-    Those of a group without signal, truncated or without reward must be False: they then leave the sum *and* the
-    denominator, where leaving them in with advantage 0 would shrink the step. With r the ratio of pi to pi_old:
+    `keep` [N] bool: rollouts that count. Those of a group without signal, truncated or without reward must be False:
+    they then leave the sum *and* the denominator, where leaving them in with advantage 0 would shrink the step. With r
+    the ratio of pi to pi_old:
 
         J = sum over kept tokens of w_t * (S - kl_weight * KL + entropy_weight * H) / denominator;  loss = -J
         S = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and at least clip_dual * A where A < 0
@@ -220,13 +223,14 @@ def mean_stats(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """DAPO's soft punishment of long answers, to be added to the reward (Yu et al. 2025, 2503.14476, eq. 13).
+    """DAPO's soft punishment of long answers, all in tokens, to be added to the reward (Yu et al. 2025,
+    2503.14476, eq. 13).
 
         0                                           length <= max_length - buffer
         ((max_length - buffer) - length) / buffer   up to max_length
         -1                                          beyond
 
-    All in tokens. Raises ValueError unless 0 <= buffer <= max_length.
+    Raises ValueError unless 0 <= buffer <= max_length.
     """
     if not 0 <= buffer <= max_length:
         raise ValueError(f"buffer must lie between 0 and max_length = {max_length} tokens, not {buffer}")

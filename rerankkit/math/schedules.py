@@ -6,6 +6,7 @@ import math
 from typing import Literal, TypeAlias
 
 Shape: TypeAlias = Literal["cosine", "linear", "constant"]
+"""Of the decay after the warm-up: see `learning_rate_at`."""
 
 FLOOR = 0.1
 """Where decay ends, as a share of the peak."""

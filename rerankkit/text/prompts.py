@@ -55,6 +55,7 @@ class Segment:
 
 
 Document: TypeAlias = tuple[Segment, ...]
+"""A training document, cut where the weight of the loss changes."""
 
 
 # --- items ---------------------------------------------------------------------------------------------------------
