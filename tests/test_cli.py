@@ -187,6 +187,11 @@ def test_a_damaged_report_is_not_taken_for_a_missing_one(call: Call, tmp_path: P
     assert code == 2 and err == "error: a: report.json is damaged; finish the run with `rerankkit run`.\n"
 
 
+def test_a_dry_run_refuses_a_reward_that_the_run_does_not_have(call: Call) -> None:
+    code, _, err = call("run", QUICKSTART, "--dry-run", "optimizer.filter_on=hit")
+    assert code == 2 and "optimizer.filter_on: 'hit' is no reward of this run" in err
+
+
 def test_a_dry_run_shows_everything_and_writes_nothing(call: Call, tmp_path: Path) -> None:
     code, out, err = call("run", QUICKSTART, "--dry-run", "optimizer.steps=3")
     assert (code, err) == (0, "")

@@ -1,9 +1,9 @@
 """The teacher that needs no language model: it reasons from what a prompt shows, and can be wrong.
 
-Seven visible facts about each candidate (see `NAMES`) go into a conditional logit. Its weights, and what kind of
-product follows which, are learned from other users only: users are dealt into folds by a hash of their id, and a fold
-is answered with what the other folds taught. So an ask's own target never informs the answer, and rejection sampling
-really rejects.
+Visible facts about each candidate (see `NAMES`), and the evidence that prompts show, go into a conditional logit. Its
+weights, and what kind of product follows which, are learned from other users only: users are dealt into folds by a hash
+of their id, and a fold is answered with what the other folds taught. So an ask's own target never informs the answer,
+and rejection sampling really rejects.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ class Lessons:
         known = np.array(rows).reshape(-1, len(NAMES))
         if not self.evidence:
             return known
-        facts = np.array([[one[name] for name in self.evidence] for one in example.evidence]) / SCALE
+        said: Sequence[Mapping[str, int]] = example.evidence or [{}] * len(rows)
+        facts = np.array([[one.get(name, 0) for name in self.evidence] for one in said])
+        facts = facts.reshape(-1, len(self.evidence)) / SCALE
         told = np.hstack([known[:, :1], facts])
         first, second = np.triu_indices(told.shape[1])
         return np.hstack([known, facts, told[:, first] * told[:, second]])
@@ -184,7 +186,7 @@ def _fit_fold(fold: int, own: list[Pairs], examples: Sequence[RerankExample], st
     others = sorted(others, key=lambda e: (zlib.crc32(e.example_id.encode("utf-8", "surrogatepass")), e.example_id))
     prices = [p for e in others[:MAX_FIT] for i in e.candidates if (p := see(i, style).price)]
     bands = tuple(round(float(q), 2) for q in np.quantile(prices, [1 / 3, 2 / 3])) if prices else (0.0, 0.0)
-    names = tuple(examples[0].evidence[0]) if examples and examples[0].evidence else ()
+    names = next((tuple(e.evidence[0]) for e in examples if e.evidence), ())
     lessons = Lessons((), pairs, (bands[0], bands[1]), style.knowledge, names)
     chosen = [(lessons.features(e, style), e.target_index) for e in others[:MAX_FIT] if e.target_index is not None]
     facts = len(names) and len(names) + (len(names) + 1) * (len(names) + 2) // 2

@@ -30,10 +30,11 @@ WINDOW = 5
 NEAR = ("beside", "follows", "taste")
 """Facts from a space of what is bought beside what."""
 DIM = 128
+"""Directions of that space, or one less than there are items."""
 FOLDS = 6
 """Spaces for lists whose step is among those counted: each is fitted without the users it serves."""
 FADING = 0.7
-"""What each step back counts less in `taste`."""
+"""What an item of the history counts in `taste`, as a share of the next one's."""
 _BATCH = 2000
 
 
@@ -49,7 +50,7 @@ class Evidence:
     beside    how near the candidate lies to one of the last three items in a space of what is bought beside what
               (`Collaborative`): -1.5 log2(1 - cosine), since most cosines there are close to 1, cut: 0 to 9
     follows   the same to the last item alone
-    taste     the same of the mean cosine to all items of the history, each step back counting FADING times less
+    taste     the same of the mean cosine to all items of the history, each counting FADING times as much as the next
     """
 
     def __init__(self, dataset: Dataset, names: Sequence[str], *, refit: bool = True, new: Sequence[Item] = ()) -> None:
@@ -160,10 +161,10 @@ class Evidence:
             seen = {
                 user: h[:end] for (user, h), end in ends if without is None or seeded_hash(0, user) % FOLDS != without
             }
-            counted = replace(
-                self._dataset, histories=seen, splits={user: (len(h), len(h)) for user, h in seen.items()}
-            )
-            self._spaces[rows, without] = Collaborative.fit(counted, DIM).vectors(counted)
+            splits = {user: (len(h), len(h)) for user, h in seen.items()}
+            counted = replace(self._dataset, histories=seen, splits=splits)
+            own = replace(counted, items=counted.items[: self._num_fitted])  # in a small one, items add directions
+            self._spaces[rows, without] = Collaborative.fit(own, DIM).vectors(counted)
         return self._spaces[rows, without]
 
     @cached_property

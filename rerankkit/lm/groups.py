@@ -125,8 +125,9 @@ def update_on_groups(
 
     logs: list[dict[str, float]] = []
     policy.model.train()
-    for share in [range(len(groups))] if updates is None else updates:
-        if len(share) and bool(keep[list(share)].any()):
+    for chosen in [range(len(groups))] if updates is None else updates:
+        share = [i for i in chosen if sizes[i]]  # a pass on no token has no gradient
+        if share and bool(rows(keep, share).any()):
             log = _joined(gradients(share))
             if not logs:
                 _check_gap(log, max_logp_gap)

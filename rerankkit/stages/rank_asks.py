@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
@@ -21,6 +21,8 @@ from rerankkit.store import current_stage, finished_stage, read_json
 from rerankkit.types import Item, Parse, Ranking, RerankExample, RunInfo
 
 if TYPE_CHECKING:
+    from rerankkit.data.dataset import Dataset
+    from rerankkit.data.evidence import Evidence
     from rerankkit.lm import Policy
 
 Unknown: TypeAlias = Literal["refuse", "text", "last"]
@@ -196,17 +198,29 @@ class Ranker:
         """What the run's interactions and texts say about each candidate, if the policy's prompts show it."""
         if not self.policy.surface.facts:
             return examples
-        from rerankkit.data.dataset import Dataset
-        from rerankkit.data.evidence import Evidence
-
-        dataset = Dataset.load(current_stage(self.run, "data"))
-        new = [item for item_id, item in items.items() if item_id not in dataset.item_rows]
-        refit = read_json(self.run / "config.json")["candidates"].get("refit", True)
-        evidence = Evidence(dataset, self.policy.surface.facts, refit=refit, new=new)
+        new = [item for item_id, item in items.items() if item_id not in self._dataset.item_rows]
+        evidence = self._looking_up(new) if new else self._evidence
         histories = [[item.item_id for item in example.history] for example in examples]
         listed = [[item.item_id for item in example.candidates] for example in examples]
         found = evidence.about(histories, listed)
         return [replace(example, evidence=facts) for example, facts in zip(examples, found, strict=True)]
+
+    def _looking_up(self, new: Sequence[Item]) -> Evidence:
+        from rerankkit.data.evidence import Evidence
+
+        refit = read_json(self.run / "config.json")["candidates"].get("refit", True)
+        return Evidence(self._dataset, self.policy.surface.facts, refit=refit, new=new)
+
+    @cached_property
+    def _evidence(self) -> Evidence:
+        """About the run's own items: what is counted for it takes seconds, and is the same for every ask."""
+        return self._looking_up([])
+
+    @cached_property
+    def _dataset(self) -> Dataset:
+        from rerankkit.data.dataset import Dataset
+
+        return Dataset.load(current_stage(self.run, "data"))
 
     def _own_items(self, item_ids: Sequence[str]) -> dict[str, Item]:
         import pyarrow.parquet as pq

@@ -17,7 +17,7 @@ def check_imports(package: str, *heavy: str) -> None:
     """The package imports of rerankkit what is public, no other plugin's package, and nothing heavy to register.
 
     `heavy` are the modules that must not be there when `PACKAGE.plugin` has been imported: every command imports it.
-    Raises AssertionError that names file and import, and ModuleNotFoundError if there is no such package.
+    Raises AssertionError that names file and import, ModuleNotFoundError if there is no such package, and SyntaxError.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -34,13 +34,16 @@ def check_imports(package: str, *heavy: str) -> None:
         assert not any(part.startswith("_") for part in rest), f"{file}: {module} is private"
         assert not rest or rest[0] not in PRIVATE, f"{file}: {module} is the run's own; import what the reference lists"
     code = f"import sys, {package}.plugin; print(*sorted({set(heavy)!r} & {{*sys.modules}}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    *_, reason = ["", *done.stderr.splitlines()]
+    assert not done.returncode, f"{package}.plugin cannot be imported: {reason}"
+    loaded = done.stdout.split()
     assert not loaded, f"{package}.plugin imports {', '.join(loaded)}, for which every command waits; do so in `build`"
 
 
 def _imported(file: Path) -> Iterator[str]:
     """`a.b.c` for `from a.b import c`."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -122,6 +122,28 @@ def test_new_items_change_nothing_for_the_others(make: Make) -> None:
     assert fresh == {"alike": 9, "last": 9, "together": 0, "brand": 1, "kind": 0}
 
 
+def test_new_items_do_not_widen_the_space_of_the_others(make: Make) -> None:
+    # a space has one direction less than items: a third would have given that of these two a second
+    dataset = make({f"u{n}": "ab" for n in range(3)} | {"v": "ba"})
+    dataset = replace(dataset, splits=dict.fromkeys(dataset.histories, (2, 2)))
+    asked = [("a",)], [("b", "a")]
+    alone = Evidence(dataset, NEAR).about(*asked)
+    beside = Evidence(dataset, NEAR, new=[Item("n", "new")])
+    assert beside.about(*asked) == alone
+    assert beside.about([("n",)], [("a", "n")]) == [(dict.fromkeys(NEAR, 0),) * 2]
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_test_list_has_the_evidence_that_is_looked_up_for_its_history(refit: bool, shop: Dataset) -> None:
+    """What `rerankkit rank` looks up of a stranger is what the run attached to its own test lists."""
+    names = (*ALL, *NEAR)
+    lists = make_lists(shop, Popularity(shop, refit=refit), size=4, max_history=4, splits=("test",))
+    made = Evidence(shop, names, refit=refit).attached(lists).lists
+    looked_up = Evidence(shop, names, refit=refit).about([o.history for o in made], [o.candidates for o in made])
+    assert made and [one.evidence for one in made] == looked_up
+    assert any(facts["taste"] for one in looked_up for facts in one)
+
+
 def test_survives_saving_and_leaves_the_digest_alone(shop: Dataset, tmp_path: object) -> None:
     from pathlib import Path
 

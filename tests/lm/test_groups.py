@@ -141,6 +141,29 @@ def test_what_would_be_noise_is_not_learnt(make: Make) -> None:
     update_on_groups(policy, sgd(policy), *given, info=RunInfo(), max_logp_gap=0.3)
 
 
+def test_no_groups_and_groups_without_rollouts_change_nothing(make: Make) -> None:
+    policy, start, settings = make(), make(), replace(PRESETS["grpo"], kl_weight=0.1)
+    full = groups_of(start)
+    with reference_of(policy) as reference:
+        # what is kept of rollouts that are not there is nothing
+        for groups, prompts in (([], []), ([[], []], PROMPTS), ([[], full[1]], PROMPTS)):
+            keep = torch.ones(len(groups), 3, dtype=torch.bool)
+            updates = [[0]] if groups else None
+            log = update_on_groups(
+                policy, sgd(policy), groups, prompts, torch.ones(keep.shape), keep, settings, info=RunInfo(),
+                updates=updates, reference=reference,
+            )  # fmt: skip
+            assert (log["num_updates"], log["kl"], log["loss"]) == (0, 0, 0)
+    assert all(not change.any() for change in moved(policy, start))
+    log = update_on_groups(
+        policy, sgd(policy), [[], full[1]], PROMPTS, ADVANTAGES, KEEP, PRESETS["grpo"], info=RunInfo(),
+        max_grad_norm=1e9, groups_per_pass=1,
+    )  # fmt: skip
+    assert log["num_updates"] == 1
+    expected = by_hand(start, full[1], [1], PRESETS["grpo"])
+    torch.testing.assert_close(moved(policy, start), expected, rtol=1e-3, atol=1e-6)
+
+
 def test_shapes_that_do_not_fit_are_refused(make: Make) -> None:
     policy = make()
     groups = groups_of(policy)

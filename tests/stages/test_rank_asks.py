@@ -302,6 +302,16 @@ def test_by_place_with_evidence_the_runs_own_lists_get_its_own_answers(placed_ru
         assert {answer.id: answer.reasoning for answer in answers} == own.reasoning
 
 
+def test_the_runs_interactions_are_read_once_for_all_calls(placed_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(placed_run, tmp_path / "run"))
+    ranker = Ranker.load(run, "sft", device="cpu")
+    every = list(ranker.sids.sids)
+    line = {"history": every[:3], "candidates": every[3:8]}
+    first = ranker.rank([line])
+    (run / "stages" / "1-data" / "histories.parquet").unlink()
+    assert ranker.rank([line]) == first
+
+
 def test_more_candidates_than_places_are_named_before_anything_is_ranked(
     placed_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

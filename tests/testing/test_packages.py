@@ -51,6 +51,23 @@ def test_what_is_not_public_and_what_is_heavy_is_named(path: Path, line: str, wo
         check_imports("rerankkit_mine", "decimal", "fractions")
 
 
+def test_a_plugin_module_that_is_not_there_or_broken_is_named(path: Path) -> None:
+    package(path, "import rerankkit\nraise OSError('no such table')\n")
+    with pytest.raises(AssertionError, match=r"rerankkit_mine\.plugin cannot be imported: OSError: no such table"):
+        check_imports("rerankkit_mine")
+    (path / "rerankkit_mine" / "plugin.py").unlink()
+    (path / "rerankkit_mine" / "other.py").write_text("import rerankkit\n")
+    with pytest.raises(AssertionError, match="cannot be imported: ModuleNotFoundError: No module named 'rerankkit_m"):
+        check_imports("rerankkit_mine")
+
+
+def test_a_file_that_is_no_python_is_named(path: Path) -> None:
+    package(path, GOOD, "def f(:\n")
+    with pytest.raises(SyntaxError) as raised:
+        check_imports("rerankkit_mine")
+    assert str(raised.value.filename).endswith("parts.py")
+
+
 def test_a_package_that_is_no_plugins_or_not_there_is_refused(path: Path) -> None:
     package(path, "import json\n")
     with pytest.raises(AssertionError, match="rerankkit_mine: no file imports rerankkit"):

@@ -241,3 +241,17 @@ def test_evidence_is_weighed_and_cited(tmp_path: Path) -> None:
     assert reply.reasoning == f"most: {second}<alike_9>. best: {second}."
     assert first not in reply.reasoning
     assert _kept(examples, style, tmp_path)[0] == lessons  # `brand` is a name of NAMES too
+
+
+def test_examples_without_evidence_among_others_count_as_having_none_of_it() -> None:
+    """As a prompt shows it; whichever comes first."""
+    style, target = PromptStyle(fields=()), (1.0, 0.0)
+    bare = [RerankExample(f"e{n}", f"u{n}", (), (thing(0, 1), thing(1, 1)), target) for n in range(20)]
+    told = [told_apart(example, (9, 0), (0, 0)) for example in bare[10:]]
+    for examples in (told + bare[:10], bare[:10] + told):
+        lessons = fit(examples, style)[0]
+        assert lessons.evidence == ("alike", "brand")
+        none = told_apart(bare[0], (0, 0), (0, 0))
+        assert (lessons.scores(bare[0], style) == lessons.scores(none, style)).all()
+        assert lessons.scores(told[0], style)[0] > lessons.scores(bare[0], style)[0]
+        assert lessons.features(RerankExample("e", "u", (), (), ()), style).shape == (0, len(lessons.weights))
