@@ -638,7 +638,7 @@ def make_config(raw: Mapping[str, Any], plugins: Plugins, where: Where | None = 
     return RunConfig(**values)
 
 
-def check_reward_parts(config: RunConfig) -> None:
+def check_reward_names(config: RunConfig) -> None:
     """Raise ConfigError where a setting of the optimizer names a reward that the run does not have.
 
     Such a setting has `Field(json_schema_extra={"names": "reward"})` and is a reward's name, or `REWARD/PART`, as the

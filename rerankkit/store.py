@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from pydantic import BaseModel
 
 from rerankkit import processes
-from rerankkit.config import ChosenPart, RunConfig, check_reward_parts
+from rerankkit.config import ChosenPart, RunConfig, check_reward_names
 from rerankkit.errors import RerankkitError, RunFailed, RunFolderError
 from rerankkit.types import RunInfo, SidSurface
 
@@ -314,7 +314,7 @@ def _take(path: Path, config: RunConfig, lock: FileLock) -> None:
     from filelock import Timeout
 
     check_free(path)
-    check_reward_parts(config)
+    check_reward_names(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -120,7 +120,7 @@ class Lessons:
 
     def features(self, example: RerankExample, style: PromptStyle) -> NDArray[np.float64]:
         """[C, F]: a row for each candidate; columns for NAMES and, with evidence, its facts over SCALE and all products
-        of two of these and the rank: on Beauty's validation lists as good as boosted trees."""
+        of two of these and the rank, so that one can count for more where another is high."""
         history = [see(item, style) for item in shown_history(example.history, style)]
         prices = [item.price for item in history if item.price]
         usual = math.exp(sum(map(math.log, prices)) / len(prices)) if prices else 0.0

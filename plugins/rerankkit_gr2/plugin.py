@@ -13,7 +13,7 @@ def rerankkit_register(register: Register) -> None:
     tokenizers, teachers, rewards, optimizers = register.slots()
     tokenizers.lazy("rqvae", PARTS + "rqvae", "RQ-VAE with GR2's techniques, each a switch")
     tokenizers.lazy("residual-kmeans", PARTS + "residual_kmeans", "residual k-means: fast and deterministic")
-    teachers.lazy("rejection", PARTS + "rejection", "no answer given; kept if the first choice is the target")
+    teachers.lazy("rejection", PARTS + "rejection", "no answer given; kept if the target comes first, or near")
     teachers.lazy("targeted", PARTS + "targeted", "the answer given; the teacher says why")
     rewards.lazy("gr2", PARTS + "conditional", "rank promotion, and format only where the target moved up")
     rewards.lazy("gr2-unconditional", PARTS + "unconditional", "the ablation that copying the input order hacks")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rerankkit.config import PretrainedPolicy, RunConfig, ScratchPolicy, WorldData, check_reward_parts
+from rerankkit.config import PretrainedPolicy, RunConfig, ScratchPolicy, WorldData, check_reward_names
 from rerankkit.run import plan
 
 
@@ -16,7 +16,7 @@ def describe(config: RunConfig, out: Path, until: str, as_json: bool) -> None:
     from rerankkit.store import check_free
 
     check_free(out)
-    check_reward_parts(config)
+    check_reward_names(config)
     digests = source_digests(config.data, config.candidates)
     sizes = policy_size(config.policy, _num_codes(config))
     found: dict[str, Any] = {

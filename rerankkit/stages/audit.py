@@ -172,10 +172,9 @@ class Audit:
             )
         failing = [f for f in self.findings if f.failed]
         if failing:
-            told.append(
-                f"It fails to judge answers of {', '.join(f.name for f in failing)} "
-                f"(up to {max(f.failed for f in failing):.0%}): {failing[0].reason or 'no reason given'}."
-            )
+            why = " ".join(failing[0].reason.split()).rstrip(".") or "no reason given"
+            names, most = ", ".join(f.name for f in failing), max(f.failed for f in failing)
+            told.append(f"It fails to judge answers of {names} (up to {most:.0%}): {why}.")
         return told
 
     def plain(self) -> dict[str, Any]:

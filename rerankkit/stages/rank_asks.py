@@ -403,7 +403,7 @@ def parse_ask(value: Any, where: str, number: int) -> Ask:
         if fault["type"] == "missing":
             keys = list(map(str, fault["input"]))
             close = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1)
-            instead = f"{close[0]!r} may be meant" if close else f"given: {', '.join(keys) or 'none'}"
+            instead = f"{close[0]!r} may be meant" if close else f"given: {', '.join(keys)[:80] or 'none'}"
             raise DataError(f"{where}: {key}: this key is missing; {instead}.") from error
         if fault["type"] == "too_short":
             raise DataError(f"{where}: {key}: is empty; give at least one item to rank.") from error
