@@ -145,7 +145,7 @@ class Evidence:
                 continue
             row = self._sequences.rows.get(user_id)
             counted = row is not None and step < self._sequences.ends[rows][row]
-            space = self._space(rows, seeded_hash(0, user_id) % FOLDS if counted else None)
+            space = self._space(rows, _fold(user_id) if counted else None)
             cosines = (space[some] @ space[[place[i] for i in history]].T).astype(np.float64)  # [C, H]
             fading = FADING ** np.arange(len(history))[::-1]
             spots = slice(len(some))
@@ -158,9 +158,7 @@ class Evidence:
         """Unit vectors [M, DIM] from what was counted up to the end of `rows`, except by one fold of users."""
         if (rows, without) not in self._spaces:
             ends = zip(self._dataset.histories.items(), self._sequences.ends[rows], strict=True)
-            seen = {
-                user: h[:end] for (user, h), end in ends if without is None or seeded_hash(0, user) % FOLDS != without
-            }
+            seen = {user: h[:end] for (user, h), end in ends if _fold(user) != without}
             splits = {user: (len(h), len(h)) for user, h in seen.items()}
             counted = replace(self._dataset, histories=seen, splits=splits)
             own = replace(counted, items=counted.items[: self._num_fitted])  # in a small one, items add directions
@@ -228,6 +226,10 @@ class Evidence:
 
 Facts = tuple[dict[str, int], ...]
 """Aligned with the candidates of a list: name -> value."""
+
+
+def _fold(user_id: str) -> int:
+    return seeded_hash(0, user_id) % FOLDS
 
 
 def _levels(items: Sequence[Item]) -> NDArray[np.int64]:
