@@ -1,7 +1,7 @@
-"""What a run has to beat: simple and boosted rankers on the very lists of finished runs.
+"""What a run has to beat: simple and boosted rankers on the very lists of a finished run.
 
     pip install lightgbm
-    python benchmarks/bars.py RUN [RUN ...] [--valid]
+    python benchmarks/bars.py RUN [--valid]
 
 Everything is fitted on the run's training lists and judged on its test lists (with --valid: its validation lists):
 
@@ -12,9 +12,8 @@ Everything is fitted on the run's training lists and judged on its test lists (w
     rank + evidence    the same ranker over exactly the evidence that the run's prompts show
     everything         both together
 
-and, of finished runs, their own systems beside them, with paired bootstrap 95% intervals over the same users against
-the given order and against `rank + text` and `rank + evidence`. Several runs are seeds of one config, over the same
-lists: a user's value is the mean over them, and the range of the runs' own means stands beside it.
+and, if the run is finished, its own systems beside them, with paired bootstrap 95% intervals over the same users
+against the given order, against `rank + text` and `rank + evidence`, and against its own fine-tuning.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ SHOWN = ("R@1", "R@5", "NDCG@5")
 FACTS = ("alike", "last", "together", "brand", "kind", "beside", "follows", "taste")
 
 
-def main(runs: Sequence[Path], split: str) -> None:
-    run = runs[0]
+def main(run: Path, split: str) -> None:
     stages = {folder.name.split("-", 1)[1]: folder for folder in sorted((run / "stages").iterdir())}
     dataset, lists = Dataset.load(stages["data"]), CandidateLists.load(stages["candidates"])
     shown = json.loads((run / "config.json").read_text())["policy"]["prompt"]["evidence"]
@@ -61,42 +59,22 @@ def main(runs: Sequence[Path], split: str) -> None:
         "everything": boosted(both[0], target, both[1]),
     }
     scored = {name: metrics(asked, np.argsort(-scores, axis=1, kind="stable")) for name, scores in systems.items()}
-    ranges: dict[str, str] = {}
     if split == "test" and (run / "rankings.parquet").is_file():
-        ids = [one.example_id for one in asked]
-        by_run: dict[str, list[Mapping[str, NDArray[np.float64]]]] = {}
-        for each in runs:
-            for name, users in load_rankings(each / "rankings.parquet").items():
-                orders = {user.example_id: user.ranking.order for user in users}
-                if set(ids) != set(orders):
-                    sys.exit(f"{each}: {name} ranked other lists than those of {run}")
-                by_run.setdefault(name, []).append(metrics(asked, np.array([orders[one] for one in ids])))
-        for name, each_run in by_run.items():
-            scored[name] = {key: np.mean([one[key] for one in each_run], axis=0) for key in each_run[0]}
-            means = sorted(one["NDCG@5"].mean() for one in each_run)
-            ranges[name] = f"{means[0]:.3f} to {means[-1]:.3f}".replace("0.", ".")
-        pairs = [(a, b) for a, b in (("rl", "sft"), ("sft", "mid-train")) if a in scored and b in scored]
-        for name, other in pairs:
-            drawn = paired_bootstrap(scored[name]["NDCG@5"], scored[other]["NDCG@5"])
-            print(f"{name} less {other}: {100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]")
-    against = [name for name in ("as given", "rank + text", "rank + evidence") if name in scored]
-    print(f"{', '.join(map(str, runs))}, {split}: n = {len(asked):,}; fitted on {len(fitted):,} training lists")
-    print(
-        "| system | "
-        + " | ".join(SHOWN)
-        + " | by run | "
-        + " | ".join(f"NDCG@5 over {name}" for name in against)
-        + " |"
-    )
-    print("| --- " * (2 + len(SHOWN) + len(against)) + "|")
+        for name, users in load_rankings(run / "rankings.parquet").items():
+            orders = {user.example_id: user.ranking.order for user in users}
+            scored[name] = metrics(asked, np.array([orders[one.example_id] for one in asked]))
+    against = [name for name in ("as given", "rank + text", "rank + evidence", "sft") if name in scored]
+    print(f"{run}, {split}: n = {len(asked):,}; fitted on {len(fitted):,} training lists")
+    print("| system | " + " | ".join(SHOWN) + " | " + " | ".join(f"NDCG@5 over {name}" for name in against) + " |")
+    print("| --- " * (1 + len(SHOWN) + len(against)) + "|")
     for name, values in scored.items():
         means = [f"{values[metric].mean():.3f}"[1:] for metric in SHOWN]
         differences = []
         for other in against:
-            drawn = paired_bootstrap(values["NDCG@5"], scored[other]["NDCG@5"])
-            numbers = f"{100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]"
+            found = paired_bootstrap(values["NDCG@5"], scored[other]["NDCG@5"])
+            numbers = f"{100 * found.difference:+.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
             differences.append("" if other == name else numbers)
-        print(f"| {name} | " + " | ".join([*means, ranges.get(name, ""), *differences]) + " |")
+        print(f"| {name} | " + " | ".join([*means, *differences]) + " |")
 
 
 def metrics(asked: Sequence[CandidateList], orders: NDArray[np.int64]) -> Mapping[str, NDArray[np.float64]]:
@@ -163,6 +141,6 @@ def boosted(fitted: NDArray[np.float64], target: NDArray[np.int64], asked: NDArr
 
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--valid"]
-    if not arguments:
+    if len(arguments) != 1:
         sys.exit(__doc__)
-    main([Path(argument) for argument in arguments], "valid" if "--valid" in sys.argv else "test")
+    main(Path(arguments[0]), "valid" if "--valid" in sys.argv else "test")
