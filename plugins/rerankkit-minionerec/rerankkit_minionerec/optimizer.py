@@ -22,6 +22,7 @@ from rerankkit import (
     RunInfo,
     Sid,
     StepReport,
+    UsageError,
 )
 from rerankkit.lm import (
     Policy,
@@ -58,8 +59,16 @@ class BeamGroups:
     def optimize(
         self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo
     ) -> Iterator[StepReport]:
-        """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
+        """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same.
+
+        Raises UsageError for a search of the catalogue where the policy's answers cite places.
+        """
         c = self.config
+        if c.beams_over == "catalogue" and policy.surface.places:
+            raise UsageError(
+                'optimizer.beams_over = "catalogue" needs answers by SID, but policy.prompt.cite is "place", and those '
+                'name candidates alone; set optimizer.beams_over = "candidates" or policy.prompt.cite = "sid".'
+            )
         with reference_of(policy) if c.kl else nullcontext() as reference, sharded(policy):
             optimizer = adamw(policy, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
             folder = info.work / "checkpoint" if info.work else None
@@ -87,11 +96,13 @@ class BeamGroups:
         beginnings = self._beginnings(policy, examples, prompts, info, step)
         rollouts: list[Rollout] = []
         for group, (example, prompt, (said, begun)) in enumerate(zip(examples, prompts, beginnings, strict=True)):
-            trie = catalogue or build_trie([item.sid for item in example.candidates], policy)
+            trie = catalogue or _trie(policy, example)
             [beams] = beam_sids(policy, [[*prompt, *begun]], trie, self.config.num_beams)
-            rollouts += [
-                _rollout(policy, example, said, begun, trie, sid, group, rank) for rank, (sid, _) in enumerate(beams)
-            ]
+            names, spellings = policy.surface.names(example), policy.name_ids(example)
+            for rank, (found, _) in enumerate(beams):
+                name = policy.surface.text(found) if catalogue else names[found[0]]
+                spelling = policy.sid_ids(found) if catalogue else spellings[found[0]]
+                rollouts.append(_rollout(policy, example, said, begun, trie, name, spelling, group, rank))
         return _with_logps(policy, rollouts, info)
 
     def _beginnings(
@@ -157,7 +168,7 @@ class BeamGroups:
             keep,
             replace(PRESETS["grpo"], clip_low=c.clip, clip_high=c.clip, kl_weight=c.kl),
             info=info,
-            updates=[range(len(groups))] * c.updates_per_batch,
+            updates=[range(i, len(groups), c.updates_per_batch) for i in range(c.updates_per_batch)],
             reference=reference,
             max_grad_norm=c.max_grad_norm,
         )
@@ -180,23 +191,31 @@ def _with_logps(policy: Policy, rollouts: Sequence[Rollout], info: RunInfo) -> l
     return [replace(rollout, logps=tuple(logps)) for rollout, logps in zip(rollouts, each, strict=True)]
 
 
+def _trie(policy: Policy, example: RerankExample) -> SidTrie:
+    """What the list's items are called in answers, by the first place that is called so."""
+    places: dict[tuple[int, ...], Sid] = {}
+    for place, spelling in enumerate(policy.name_ids(example)):
+        places.setdefault(tuple(spelling), (place,))
+    return SidTrie((place, spelling) for spelling, place in places.items())
+
+
 def _rollout(
     policy: Policy,
     example: RerankExample,
     said: str,
     begun: tuple[int, ...],
     trie: SidTrie,
-    sid: Sid,
+    name: str,
+    spelling: Sequence[int],
     group: int,
     rank: int,
 ) -> Rollout:
     """A beam as an answer that names one item. Nobody chose the rest of the list: it stays as given."""
-    spelling = policy.sid_ids(sid)
     nodes = [ROOT]
     for token_id in spelling:
         nodes.append(trie.step(nodes[-1], token_id))
     choices = [tuple(trie.next_ids(node).tolist()) for node, _ in pairwise(nodes)]
-    text = HEAD + clean_reasoning(said, example, policy.surface) + OPENING + policy.surface.text(sid) + CLOSING
+    text = HEAD + clean_reasoning(said, example, policy.surface) + OPENING + name + CLOSING
     return Rollout(
         example=example,
         text=text,

@@ -27,7 +27,8 @@ class BeamGroupsConfig(PluginConfig):
     num_beams: PositiveInt = Field(default=8, ge=2)
     """Beams of a search, the size of a group; fewer where fewer items are to be had."""
     beams_over: Literal["candidates", "catalogue"] = "candidates"
-    """What can be found: the items of the list, or all items that training lists and their histories hold."""
+    """What can be found: the items of the list, or all items that training lists and their histories hold (not by
+    policies whose answers cite places)."""
     think: bool = True
     """Search after a rationale that the policy has sampled, as its answers begin; off: at once, as MiniOneRec does."""
     learning_rate: PositiveFloat = 1e-5
@@ -37,7 +38,7 @@ class BeamGroupsConfig(PluginConfig):
     kl: NonNegativeFloat = 0.001
     """Weight of the distance to the policy that RL started from, of which a copy is kept; 0 keeps none."""
     updates_per_batch: PositiveInt = 1
-    """Optimizer steps on each batch; beyond 1 the clip starts to matter."""
+    """Optimizer steps on each batch, each on its share of the prompts; beyond 1 the clip starts to matter."""
     max_grad_norm: PositiveFloat = 1.0
     """Longer gradients are scaled down to this length."""
     temperature: PositiveFloat = 1.0

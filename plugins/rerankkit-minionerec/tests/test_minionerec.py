@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rerankkit import NotApplicable, Outcome, Reward, Rollout, RunInfo, SidSurface
+from rerankkit import NotApplicable, Outcome, Reward, Rollout, RunInfo, SidSurface, UsageError
 from rerankkit.lm import beam_sids, build_trie, score_continuations
 from rerankkit.testing import check_imports, check_optimizer, check_reward, make_example, make_policy, make_rollout
 from rerankkit.text.prompts import rerank_messages
@@ -126,6 +126,36 @@ def test_probabilities_are_those_among_what_can_be_found() -> None:
     twins = [i for i, sid in enumerate(sids) if sid[1] == 0]  # these share all choices but the last
     [scores] = score_continuations(policy, [[*prompt, *begun]], [[policy.sid_ids(sid)[:-1] for sid in sids]])
     assert totals[twins[0]] - totals[twins[1]] == pytest.approx(scores[twins[0]] - scores[twins[1]], abs=1e-4)
+
+
+def test_places_are_searched_where_answers_cite_them() -> None:
+    policy, example = make_policy(), make_example(3)
+    policy.extend(policy.codebook_sizes, SidSurface(places=10), 0)
+    prompt = policy.prompt_ids(rerank_messages(example, policy.surface, policy.style))
+    begun = policy.encode('{"explanation": "", "recommendations": ["')
+    places = [policy.encode(f"<c_{place}>") for place in range(1, 11)]
+    [scores] = score_continuations(policy, [[*prompt, *begun]], [places])
+    best = sorted(range(10), key=lambda i: -scores[i])[:4]
+
+    report = next(small(think=False).optimize(policy, [example], RankAware(), RunInfo()))
+
+    assert [rollout.ranking.order[0] for rollout in report.rollouts] == best
+    assert [list(rollout.token_ids) for rollout in report.rollouts] == [[*begun, *places[i]] for i in best]
+    with pytest.raises(UsageError, match='beams_over = "catalogue" needs answers by SID'):
+        next(small(beams_over="catalogue").optimize(policy, [example], RankAware(), RunInfo()))
+
+
+def test_the_updates_of_a_batch_are_each_on_their_share() -> None:
+    """Group 0 alone has a signal: of two updates, the other's share has nothing to learn, and is left out."""
+
+    def first_only(rows: Sequence[Rollout]) -> list[Outcome]:
+        return [Reward(float(i == 0)) for i, _ in enumerate(rows)]
+
+    examples = [make_example(3), make_example(9)]
+
+    report = next(small(updates_per_batch=2).optimize(make_policy(), examples, first_only, RunInfo()))
+
+    assert report.metrics["num_updates"] == 1
 
 
 def test_learns_which_guess_was_right() -> None:

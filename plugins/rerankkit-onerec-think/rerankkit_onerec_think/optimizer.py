@@ -20,6 +20,7 @@ from rerankkit import (
     RunInfo,
     Sid,
     StepReport,
+    UsageError,
 )
 from rerankkit.lm import (
     Policy,
@@ -53,8 +54,16 @@ class RationaleOptimizer:
     def optimize(
         self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo
     ) -> Iterator[StepReport]:
-        """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same."""
+        """Yields a report a step. Everything drawn in a step depends on (seed, step): a continued run ends the same.
+
+        Raises UsageError for beams over the catalogue where the policy's answers cite places.
+        """
         c = self.config
+        if c.beams_over == "catalogue" and policy.surface.places:
+            raise UsageError(
+                'optimizer.beams_over = "catalogue" needs answers by SID, but policy.prompt.cite is "place", and those '
+                'name candidates alone; set optimizer.beams_over = "candidates" or policy.prompt.cite = "sid".'
+            )
         with reference_of(policy) if c.kl else nullcontext() as reference, sharded(policy):
             optimizer = adamw(policy, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
             folder = info.work / "checkpoint" if info.work else None
@@ -92,18 +101,17 @@ class RationaleOptimizer:
             salt=f"step {step}",
         )
         rows = [(g, example, thought) for g, example in enumerate(examples) for thought in thoughts[g]]
-        beams: list[list[Sid]]
+        beams: list[list[str]]
         if trie is None:
             beginnings = [[thought.token_ids] for _, _, thought in rows]
             every = scores_after(policy, [example for _, example, _ in rows], beginnings, "max")
-            beams = [
-                [example.candidates[i].sid for i in best_first(scores)]
-                for (_, example, _), scores in zip(rows, every, strict=True)
-            ]
+            names = [policy.surface.names(example) for example in examples]
+            beams = [[names[g][i] for i in best_first(scores)] for (g, _, _), scores in zip(rows, every, strict=True)]
         else:
             asks = [[*prompts[g], *thought.token_ids] for g, _, thought in rows]
-            beams = [[sid for sid, _ in found] for found in beam_sids(policy, asks, trie, c.num_beams)]
-        return [_rollout(policy, example, t, sids, g) for (g, example, t), sids in zip(rows, beams, strict=True)]
+            found = beam_sids(policy, asks, trie, c.num_beams)
+            beams = [[policy.surface.text(sid) for sid, _ in some] for some in found]
+        return [_rollout(policy, example, t, some, g) for (g, example, t), some in zip(rows, beams, strict=True)]
 
     def _learn(
         self,
@@ -133,7 +141,7 @@ class RationaleOptimizer:
             keep,
             replace(PRESETS["grpo"], clip_low=c.clip, clip_high=c.clip, kl_weight=c.kl),
             info=info,
-            updates=[range(len(groups))] * c.updates_per_batch,
+            updates=[range(i, len(groups), c.updates_per_batch) for i in range(c.updates_per_batch)],
             reference=reference,
             temperature=c.temperature,
             max_grad_norm=c.max_grad_norm,
@@ -146,10 +154,10 @@ def _sids(examples: Sequence[RerankExample]) -> list[Sid]:
     return sorted({item.sid for example in examples for item in (*example.history, *example.candidates)})
 
 
-def _rollout(policy: Policy, example: RerankExample, thought: Thought, beams: Sequence[Sid], group: int) -> Rollout:
-    """The rationale, and its beams in place of a list that was written."""
+def _rollout(policy: Policy, example: RerankExample, thought: Thought, beams: Sequence[str], group: int) -> Rollout:
+    """The rationale, and the names of its beams in place of a list that was written."""
     said = clean_reasoning(thought.text, example, policy.surface)
-    text = HEAD + said + OPENING + SEPARATOR.join(map(policy.surface.text, beams)) + CLOSING
+    text = HEAD + said + OPENING + SEPARATOR.join(beams) + CLOSING
     return Rollout(
         example=example,
         text=text,

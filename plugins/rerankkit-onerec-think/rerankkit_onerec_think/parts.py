@@ -61,7 +61,8 @@ class OptimizerConfig(PluginConfig):
     """Rationales of each prompt (G)."""
     beams_over: Literal["candidates", "catalogue"] = "candidates"
     """`candidates`: the list's own items, all of them ranked, so that any reward of an order will do. `catalogue`: the
-    likeliest of all items that training lists and their histories hold, as in the paper; for `rollout-beam` alone."""
+    likeliest of all items that training lists and their histories hold, as in the paper; for `rollout-beam` alone, and
+    not for policies whose answers cite places."""
     num_beams: PositiveInt = 32
     """Of `catalogue`: beams that are kept at each level."""
     learning_rate: PositiveFloat = 1e-5
@@ -71,7 +72,7 @@ class OptimizerConfig(PluginConfig):
     kl: NonNegativeFloat = 0.001
     """Weight of the distance to the policy that RL started from, of which a copy is kept; 0 keeps none."""
     updates_per_batch: PositiveInt = 1
-    """Optimizer steps on each batch; beyond 1 the clip starts to matter."""
+    """Optimizer steps on each batch, each on its share of the prompts; beyond 1 the clip starts to matter."""
     max_grad_norm: PositiveFloat = 1.0
     """Longer gradients are scaled down to this length."""
     temperature: PositiveFloat = 1.0

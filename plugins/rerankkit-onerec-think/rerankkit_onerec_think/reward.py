@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
-from rerankkit import NotApplicable, Outcome, Reward, Rollout, Sid, SidSurface
+from rerankkit import NotApplicable, Outcome, RerankExample, Reward, Rollout, Sid, SidSurface
 from rerankkit.text.answers import RANKING_KEY
 
 
@@ -16,7 +16,7 @@ class RolloutBeam:
     """R = max over the answer's first K SIDs s of sum_l 1[s_l = s*_l] (2510.11639, the rollout-beam reward).
 
     With `prefix` the sum ends at the first code that differs. 0 for an answer that lists nothing. Part: `hit`, whether
-    the target itself is among the K.
+    the target itself is among the K. A place that an answer cites stands for the SID of what is there.
     """
 
     beams: int
@@ -33,8 +33,15 @@ class RolloutBeam:
             return NotApplicable("no candidate is relevant")
         target = rollout.example.candidates[place].sid
         _, key, listed = rollout.text.rpartition(RANKING_KEY)
-        found = self.surface.find(listed)[: self.beams] if key else []
+        shown = rollout.example.in_order(rollout.shown) if rollout.shown else rollout.example
+        found = self._cited(listed, shown)[: self.beams] if key else []
         return Reward(max((float(self.common(sid, target)) for sid in found), default=0.0), {"hit": target in found})
+
+    def _cited(self, listed: str, example: RerankExample) -> list[Sid]:
+        if not self.surface.places:
+            return self.surface.find(listed)
+        there = {name: item.sid for name, item in zip(self.surface.names(example), example.candidates, strict=True)}
+        return [there[name] for name in self.surface.citations(listed) if name in there]
 
     def common(self, sid: Sid, target: Sid) -> int:
         """Codes that both have: in the same places, or before the first that differs."""

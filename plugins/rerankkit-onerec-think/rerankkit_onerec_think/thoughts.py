@@ -16,7 +16,7 @@ from rerankkit.text.prompts import rerank_messages
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """A rationale as the policy wrote it: the beginning of an answer, up to where the first SID would stand."""
+    """A rationale as the policy wrote it: the beginning of an answer, up to where the first candidate would stand."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -87,9 +87,12 @@ def scores_after(
     beginnings: Sequence[Sequence[Sequence[int]]],
     aggregate: Literal["max", "mean"],
 ) -> list[list[float]]:
-    """log P(SID | ask, beginning) of each candidate, over all of an example's beginnings of answers."""
-    candidates = [[policy.sid_ids(item.sid) for item in example.candidates] for example in examples]
-    return score_candidates(policy, rerank_prompts(policy, examples), beginnings, candidates, aggregate=aggregate)
+    """log P(name | ask, beginning) of each candidate, over all of an example's beginnings of answers.
+
+    Its name is what answers call it: its SID, or its place in the prompt.
+    """
+    names = [policy.name_ids(example) for example in examples]
+    return score_candidates(policy, rerank_prompts(policy, examples), beginnings, names, aggregate=aggregate)
 
 
 def best_first(scores: Sequence[float]) -> tuple[int, ...]:
@@ -107,7 +110,7 @@ def think_then_score(
     temperature: float = 1.0,
     info: RunInfo | None = None,
 ) -> list[tuple[Ranking, tuple[str, ...]]]:
-    """Rankings by log P(SID | ask, rationale) over `num_rationales` sampled rationales, and these.
+    """Rankings by log P(candidate's name | ask, rationale) over `num_rationales` sampled rationales, and these.
 
     With 0 nothing is thought: the answer begins with an empty explanation, and costs one pass. The paper merges by the
     largest (`max`); `mean` is over probabilities. The pipeline's own `rl` row generates one rationale and the list.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rerankkit import (
     SidSurface,
     Trace,
     TraceFailure,
+    UsageError,
 )
 from rerankkit.lm import Policy, score_continuations
 from rerankkit.testing import (
@@ -48,6 +50,16 @@ from rerankkit_onerec_think.thoughts import rerank_prompts, think, think_then_sc
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+PLACES = SidSurface(places=10)
+
+
+def by_place() -> Policy:
+    """A tiny policy whose answers cite places."""
+    policy = make_policy()
+    policy.extend(policy.codebook_sizes, PLACES, 0)
+    return policy
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +111,18 @@ def test_reward_sees_beams_that_are_not_in_the_list() -> None:
     assert near == Reward(2.0, {"hit": 0.0})
     assert nothing == Reward(0.0, {"hit": 0.0})
     assert isinstance(targetless, NotApplicable)
+
+
+def test_reward_takes_places_for_what_is_there() -> None:
+    """The target is item 9, (0, 1, 1); it was asked about with item 8, (0, 1, 0), in place 1 and itself in place 2."""
+    reward = RolloutBeam(1, surface=PLACES)
+    answer = '{"explanation": "not <c_2>", "recommendations": ["<c_1>", "<c_2>"]}'
+    near = make_rollout(make_example(9), text=answer)
+    near = replace(near, shown=(8, 9, *range(8)))
+
+    assert reward([near]) == [Reward(2.0, {"hit": 0.0})]
+    assert replace(reward, beams=2)([near]) == [Reward(3.0, {"hit": 1.0})]
+    assert reward([replace(near, shown=())]) == [Reward(1.0, {"hit": 0.0})]  # as given, place 1 is (0, 0, 0)
 
 
 # --- teachers -----------------------------------------------------------------------------------------------------
@@ -198,6 +222,16 @@ def test_scores_are_those_of_the_answer_that_begins_with_the_thought() -> None:
     assert policy.decode(thought.token_ids).endswith('"recommendations": ["')
 
 
+def test_candidates_that_are_cited_by_place_are_scored_by_it() -> None:
+    policy, example = by_place(), make_example(3)
+    [(ranking, _)] = think_then_score(policy, [example], 0)
+
+    beginning = policy.encode('{"explanation": "", "recommendations": ["')
+    asks = [[*rerank_prompts(policy, [example])[0], *beginning]]
+    [expected] = score_continuations(policy, asks, [[policy.encode(f"<c_{place}>") for place in range(1, 11)]])
+    assert ranking.order == tuple(sorted(range(10), key=lambda i: -expected[i]))
+
+
 def test_without_thoughts_the_answer_begins_with_an_empty_explanation() -> None:
     policy, example = make_policy(), make_example(3)
     [(ranking, [said])] = think_then_score(policy, [example], 0)
@@ -268,6 +302,31 @@ def test_a_group_is_one_prompts_rationales_and_only_they_are_trained() -> None:
         assert len(free) <= rollout.num_reasoning_tokens + 1  # the one that ends it is chosen, too
     assert {"entropy", "kl", "grad_norm", "logp_gap", "num_groups", "clip_ratio/low_mean"} <= {*report.metrics}
     assert report.metrics["logp_gap"] < 1e-4
+
+
+def test_beams_of_places_are_named_by_them() -> None:
+    report = next(small().optimize(by_place(), [make_example(3)], RolloutBeam(1, surface=PLACES), RunInfo()))
+
+    for rollout in report.rollouts:
+        listed = rollout.text.partition('"recommendations": ')[2].strip("[]}").replace('"', "").split(", ")
+        assert [f"<c_{place + 1}>" for place in rollout.ranking.order] == listed
+        assert rollout.ranking.parse == "ok"
+    assert all(isinstance(outcome, Reward) and outcome.value >= 1 for outcome in report.outcomes)  # all begin with 0
+    with pytest.raises(UsageError, match='beams_over = "catalogue" needs answers by SID'):
+        next(small(beams_over="catalogue").optimize(by_place(), [make_example(3)], by_first, RunInfo()))
+
+
+def test_the_updates_of_a_batch_are_each_on_their_share() -> None:
+    """Group 0 alone has a signal: of two updates, the other's share has nothing to learn, and is left out."""
+
+    def first_only(rows: Sequence[Rollout]) -> list[Outcome]:
+        return [Reward(float(i == 0)) for i, _ in enumerate(rows)]
+
+    examples = [make_example(3), make_example(9)]
+
+    report = next(small(updates_per_batch=2).optimize(make_policy(), examples, first_only, RunInfo()))
+
+    assert report.metrics["num_updates"] == 1
 
 
 def test_a_reward_for_short_rationales_shortens_them() -> None:
