@@ -319,8 +319,8 @@ def test_beams_of_places_are_named_by_them() -> None:
 def test_the_updates_of_a_batch_are_each_on_their_share() -> None:
     """Group 0 alone has a signal: of two updates, the other's share has nothing to learn, and is left out."""
 
-    def first_only(rows: Sequence[Rollout]) -> list[Outcome]:
-        return [Reward(float(i == 0)) for i, _ in enumerate(rows)]
+    def first_only(rollouts: Sequence[Rollout]) -> list[Outcome]:
+        return [Reward(float(i == 0)) for i, _ in enumerate(rollouts)]
 
     examples = [make_example(3), make_example(9)]
 
