@@ -6,8 +6,9 @@
 
 For every seed each config is run to its report in OUT/NAME-SEED, where NAME is the config's (quickstart, onerec-think,
 minionerec, unless others are given; the first is the one that all are compared with). On the shipped world the seed is
-also the world's. What is done is not done again. The runs that `--think` names are also ranked by think-then-score of
-their RL policy: log P(candidate | ask, rationale) without a rationale, with one, and by the largest of four.
+also the world's. What is done is not done again. The runs that `--think` names (the first two, unless given) are also
+ranked by think-then-score of their RL policy: log P(candidate | ask, rationale) without a rationale, with one, and by
+the largest of four. GR2's are, so that what an answer is made of is not taken for what a policy has learnt.
 
 The first table has budgets: means over the seeds of what was trained, and wall-clock minutes up to the RL policy. The
 second one pools users over seeds, or takes each user's mean where all seeds rank the same lists. Differences in NDCG@5
@@ -49,12 +50,13 @@ def main() -> None:
     asked.add_argument("out", type=Path)
     default = [EXAMPLES / f"{name}.toml" for name in ("quickstart", "onerec-think", "minionerec")]
     asked.add_argument("--configs", nargs="+", type=Path, default=default, help="GR2's first")
-    asked.add_argument("--think", nargs="*", default=["onerec-think"], help="names of runs that also think, then score")
+    asked.add_argument("--think", nargs="*", help="names of runs that also think, then score; else the first two")
     asked.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15])
     asked.add_argument("--set", nargs="*", default=[], help="overrides for every run, such as candidates.max_test=1500")
     options = asked.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     names = [config.stem for config in options.configs]
+    options.think = names[:2] if options.think is None else options.think
     if unknown := [name for name in options.think if name not in names]:
         sys.exit(f"--think {unknown[0]}: no such run; the configs are {', '.join(names)}.")
     for seed in options.seeds:
@@ -76,14 +78,14 @@ def main() -> None:
             f"{name}, {stage}": [written(folder, stage) for folder in folders[name]] for stage in ("sft", "rl")
         }
         for num in RATIONALES if name in options.think else ():
-            answers[f"{name}, rl, scored after {num} rationales"] = [
+            answers[f"{name}, rl, scored after {num} rationale{'s' * (num != 1)}"] = [
                 scored(folder, num, seed) for folder, seed in zip(folders[name], options.seeds, strict=True)
             ]
         for row, each in answers.items():
             metrics = [score(orders, wanted) for (orders, _), wanted in zip(each, lists, strict=True)]
             found[row] = metrics, float(np.mean([seconds for _, seconds in each]))
     given = [score({i: tuple(range(len(row))) for i, row in wanted.items()}, wanted) for wanted in lists]
-    same = all(wanted.keys() == lists[0].keys() for wanted in lists)
+    same = all(wanted == lists[0] for wanted in lists)
 
     print(f"\n{len(lists)} seeds, {sum(map(len, lists)):,} test lists whose target is listed")
     print(
@@ -122,7 +124,7 @@ def budget(name: str, folders: Sequence[Path]) -> str:
         minutes = sum(manifest["stages"][stage] for stage in ("sids", "midtrain", "traces", "sft", "rl")) / 60
         rows.append(
             [
-                config["midtrain"]["steps"] + config["midtrain"]["new_tokens"]["steps"],
+                config["midtrain"]["steps"] + config["midtrain"].get("new_tokens", {}).get("steps", 0),
                 len((stage(folder, "traces") / "traces.jsonl").read_text().splitlines()),
                 sum(kind == "sft" for kind, _ in logged),
                 sum(kind == "rl" for kind, _ in logged),
