@@ -18,18 +18,16 @@ from rerankkit.lm import (
     adamw,
     group_work,
     judged_rollouts,
-    load_checkpoint,
     metered,
     needed_flops,
     prompt_of,
     reference_of,
-    save_checkpoint,
+    resumable_steps,
     sharded,
     update_on_groups,
 )
 from rerankkit.math.advantages import SAME, group_advantages, pass_at_k_bonus
 from rerankkit.math.losses import LossSettings, overlong_penalty
-from rerankkit.math.schedules import learning_rate_at
 from rerankkit.protocols import RewardFn
 from rerankkit.types import Failed, Outcome, RerankExample, Reward, Rollout, RunInfo, StepReport
 from rerankkit_gr2.settings import GroupConfig
@@ -66,16 +64,18 @@ class GroupOptimizer:
     ) -> Iterator[StepReport]:
         config = self.config
         optimizer = adamw(policy, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-        folder = info.work / "checkpoint" if info.work else None
-        found = load_checkpoint(folder, policy, optimizer) if folder else None
-        done = found[0] if found else 0
-        for step in info.progress(range(done + 1, config.steps + 1), total=config.steps - done, what="reinforcing"):
+        for step in resumable_steps(
+            policy,
+            optimizer,
+            config.steps,
+            info,
+            what="reinforcing",
+            checkpoint_every=config.checkpoint_every,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+        ):
             with metered() as meter:
                 groups, every = self._collect(policy, examples, reward, info, step)
-                for slot in optimizer.param_groups:
-                    slot["lr"] = learning_rate_at(
-                        step, config.steps, config.learning_rate, config.warmup_steps, config.schedule
-                    )
                 prompts = {rollout.group: rollout for rollout, _ in every}
                 prompt_ids = {
                     group: prompt_of(policy, rollout.example, rollout.shown) for group, rollout in prompts.items()
@@ -96,9 +96,6 @@ class GroupOptimizer:
                 **meter.metrics(sampled),
             }
             yield StepReport(step, metrics, tuple(r for r, _ in every), tuple(o for _, o in every))
-            # After the report: a step that the checkpoint counts as done has been logged.
-            if folder and step % config.checkpoint_every == 0 and step < config.steps:
-                save_checkpoint(folder, step, policy, optimizer, {})
 
     def _collect(
         self, policy: Policy, examples: Sequence[RerankExample], reward: RewardFn, info: RunInfo, step: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rerankkit.lm.adapters import adapted, only_sid_rows
 from rerankkit.lm.ask import ask, prompt_of
-from rerankkit.lm.checkpoint import load_checkpoint, save_checkpoint
+from rerankkit.lm.checkpoint import load_checkpoint, resumable_steps, save_checkpoint
 from rerankkit.lm.forward import TokenLogps, group_logps, packed_logps
 from rerankkit.lm.groups import update_on_groups
 from rerankkit.lm.load import pretrained_policy, scratch_policy
@@ -52,6 +52,7 @@ __all__ = [
     "pretrained_policy",
     "prompt_of",
     "reference_of",
+    "resumable_steps",
     "roll_out",
     "save_checkpoint",
     "save_snapshot",

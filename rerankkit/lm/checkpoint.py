@@ -1,11 +1,11 @@
-"""Checkpoints inside a stage: weights, optimizer state and counters, written aside and renamed whole. No pickle."""
+"""A training that goes on after a kill. Checkpoints: weights, optimizer state, counters; written aside, no pickle."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,50 @@ from rerankkit import processes
 from rerankkit.errors import RunFolderError
 from rerankkit.lm.policy import Policy
 from rerankkit.lm.shard import like, whole, whole_state
+from rerankkit.math.schedules import Shape, learning_rate_at
+from rerankkit.types import RunInfo
 
 DONE = "checkpoint-"
 ASIDE = ".aside-"
+
+
+def resumable_steps(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    info: RunInfo,
+    *,
+    what: str = "training",
+    checkpoint_every: int = 1,
+    warmup_steps: int = 0,
+    schedule: Shape = "constant",
+) -> Iterator[int]:
+    """The steps of a training, from 1 or from its checkpoint in `info.work`; writes one after every `checkpoint_every`.
+
+    It is loaded into `policy` and `optimizer` when the first step is asked for: enter `reference_of` before the loop.
+    It is written when the next step is asked for, so that what a step reports has been heard, and a step that was left
+    in the middle is taken again; none is written after the last. What a step draws must depend on (`info.seed`, step)
+    alone. `what` names the progress bar.
+
+    Given `schedule` or `warmup_steps`, each step has its learning rate from `learning_rate_at`, with the optimizer's
+    own as the peak. Raises RunFolderError when the checkpoint is of another model or of a longer training.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    folder = info.work / "checkpoint" if info.work else None
+    found = load_checkpoint(folder, policy, optimizer) if folder else None
+    done = found[0] if found else 0
+    if done > num_steps:
+        raise RunFolderError(
+            f"{folder}: the checkpoint is of step {done}, and this training has {num_steps}. "
+            "Delete the folder to start this stage afresh."
+        )
+    for step in info.progress(range(done + 1, num_steps + 1), total=num_steps - done, what=what):
+        if warmup_steps or schedule != "constant":
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = learning_rate_at(step, num_steps, peak, warmup_steps, schedule)
+        yield step
+        if folder and step % checkpoint_every == 0 and step < num_steps:
+            save_checkpoint(folder, step, policy, optimizer, {})
 
 
 def save_checkpoint(

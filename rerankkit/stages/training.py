@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from rerankkit import processes
 from rerankkit.config import Lora, Schedule
 from rerankkit.errors import RunFailed
-from rerankkit.math.schedules import learning_rate_at
 from rerankkit.types import RunInfo
 
 if TYPE_CHECKING:
@@ -59,19 +58,16 @@ def _train(
         accumulate,
         adamw,
         apply_gradients,
-        load_checkpoint,
         metered,
         needed_flops,
         pack,
         packed_logps,
         passes,
-        save_checkpoint,
+        resumable_steps,
         sequence_work,
     )
 
     optimizer = adamw(policy, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
-    found = load_checkpoint(info.work / "checkpoint", policy, optimizer) if info.work else None
-    done = found[0] if found else 0
     autocast = torch.bfloat16 if info.precision == "bfloat16" else None
 
     def forward(total: float, rows: Rows) -> tuple[torch.Tensor, float]:
@@ -80,12 +76,17 @@ def _train(
         return loss, loss.item()
 
     policy.model.train()
-    for step in info.progress(range(done + 1, num_steps + 1), total=num_steps - done, what=what):
+    for step in resumable_steps(
+        policy,
+        optimizer,
+        num_steps,
+        info,
+        what=what,
+        checkpoint_every=schedule.checkpoint_every,
+        warmup_steps=schedule.warmup_steps,
+        schedule=schedule.schedule,
+    ):
         with metered() as meter:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(
-                    step, num_steps, schedule.learning_rate, schedule.warmup_steps, schedule.schedule
-                )
             sequences = [sequence for sequence in batch(step) if any(sequence.weights[1:])]
             total = sum(sum(sequence.weights[1:]) for sequence in sequences)
             rows: Rows = [[sequences[i] for i in row] for row in pack(sequences, ROW_TOKENS)]
@@ -104,8 +105,6 @@ def _train(
             meter.flops += needed_flops(policy, work, training=True)
         record = {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
         info.log({**record, **meter.metrics(work.tokens)})
-        if info.work and step % schedule.checkpoint_every == 0 and step < num_steps:
-            save_checkpoint(info.work / "checkpoint", step, policy, optimizer, {})
     policy.model.eval()
 
 

@@ -33,10 +33,9 @@ from rerankkit.lm import (
     beam_sids,
     build_trie,
     group_logps,
-    load_checkpoint,
     reference_of,
+    resumable_steps,
     roll_out,
-    save_checkpoint,
     sharded,
     update_on_groups,
     whole_weights,
@@ -71,12 +70,11 @@ class BeamGroups:
             )
         with reference_of(policy) if c.kl else nullcontext() as reference, sharded(policy):
             optimizer = adamw(policy, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-            folder = info.work / "checkpoint" if info.work else None
-            found = load_checkpoint(folder, policy, optimizer) if folder else None
-            done = found[0] if found else 0
             items = sorted({item.sid for example in examples for item in (*example.history, *example.candidates)})
             catalogue = build_trie(items, policy) if c.beams_over == "catalogue" else None
-            for step in info.progress(range(done + 1, c.steps + 1), total=c.steps - done, what="reinforcing beams"):
+            for step in resumable_steps(
+                policy, optimizer, c.steps, info, what="reinforcing beams", checkpoint_every=c.checkpoint_every
+            ):
                 dice = random.Random(f"{info.seed} minionerec {step}")
                 chosen = dice.sample(list(examples), min(c.prompts_per_step, len(examples)))
                 with whole_weights(policy) as hold:
@@ -84,8 +82,6 @@ class BeamGroups:
                 outcomes = tuple(reward(rollouts))
                 learned = self._learn(policy, reference, optimizer, rollouts, outcomes, info)
                 yield StepReport(step, learned, tuple(rollouts), outcomes)
-                if folder and step % c.checkpoint_every == 0 and step < c.steps:
-                    save_checkpoint(folder, step, policy, optimizer, {})
         policy.model.eval()
 
     def _search(

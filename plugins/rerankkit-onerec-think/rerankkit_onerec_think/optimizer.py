@@ -29,9 +29,8 @@ from rerankkit.lm import (
     adamw,
     beam_sids,
     build_trie,
-    load_checkpoint,
     reference_of,
-    save_checkpoint,
+    resumable_steps,
     sharded,
     update_on_groups,
     whole_weights,
@@ -66,12 +65,9 @@ class RationaleOptimizer:
             )
         with reference_of(policy) if c.kl else nullcontext() as reference, sharded(policy):
             optimizer = adamw(policy, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-            folder = info.work / "checkpoint" if info.work else None
-            found = load_checkpoint(folder, policy, optimizer) if folder else None
-            done = found[0] if found else 0
             trie = build_trie(_sids(examples), policy) if c.beams_over == "catalogue" else None
-            for step in info.progress(
-                range(done + 1, c.steps + 1), total=c.steps - done, what="reinforcing rationales"
+            for step in resumable_steps(
+                policy, optimizer, c.steps, info, what="reinforcing rationales", checkpoint_every=c.checkpoint_every
             ):
                 dice = random.Random(f"{info.seed} onerec-think {step}")
                 chosen = dice.sample(list(examples), min(c.prompts_per_step, len(examples)))
@@ -80,8 +76,6 @@ class RationaleOptimizer:
                 outcomes = tuple(reward(rollouts))
                 learned = self._learn(policy, reference, optimizer, rollouts, outcomes, info)
                 yield StepReport(step, learned, tuple(rollouts), outcomes)
-                if folder and step % c.checkpoint_every == 0 and step < c.steps:
-                    save_checkpoint(folder, step, policy, optimizer, {})
         policy.model.eval()
 
     def _roll_out(

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from queue import Queue
 from statistics import fmean
@@ -34,7 +35,7 @@ from rerankkit import (
     StepReport,
     UsageError,
 )
-from rerankkit.lm import Policy, ask, load_checkpoint, save_checkpoint
+from rerankkit.lm import Policy, ask, resumable_steps
 from rerankkit.lm.policy import quiet
 from rerankkit.processes import count
 from rerankkit.text.prompts import rerank_messages
@@ -68,23 +69,19 @@ class TrlOptimizer:
             raise UsageError('optimizer.use = "trl" runs in one process; take "dapo" or "grpo" for several.')
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=c.weight_decay)
-        folder = info.work / "checkpoint" if info.work else None
         with tempfile.TemporaryDirectory() as scratch, _left_alone(policy), quiet():
             if c.beta:  # TRL takes its reference from where the model says it is from
                 policy.save(Path(scratch) / "start")
                 policy.model.config.name_or_path = str(Path(scratch) / "start")
-            found = load_checkpoint(folder, policy, optimizer) if folder else None
-            done = found[0] if found else 0
-            if done == c.steps:
+            steps = resumable_steps(policy, optimizer, c.steps, info, what="TRL", checkpoint_every=c.checkpoint_every)
+            if (first := next(steps, None)) is None:
                 return
-            batch = _Batches(c, policy, examples, reward, info, done)
-            trainer = _trainer(policy, trainer_fields(c, info, c.steps - done, Path(scratch)), optimizer, batch)
+            batch = _Batches(c, policy, examples, reward, info, first - 1)
+            trainer = _trainer(policy, trainer_fields(c, info, c.steps - first + 1, Path(scratch)), optimizer, batch)
             reports = _Reports(trainer, batch)
             try:
-                for step in info.progress(range(done + 1, c.steps + 1), total=c.steps - done, what="TRL"):
+                for _ in chain([first], steps):
                     yield reports.next()
-                    if folder and step % c.checkpoint_every == 0 and step < c.steps:
-                        save_checkpoint(folder, step, policy, optimizer, {})
             finally:
                 reports.stop()
         policy.model.eval()
