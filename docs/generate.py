@@ -383,7 +383,7 @@ def _fields(kind: type) -> Iterator[tuple[str, str]]:
         for node in tree.body:
             if isinstance(node, ast.AnnAssign) and not (name := ast.unparse(node.target)).startswith("_"):
                 shown = " ".join((ast.get_source_segment(source, node) or "").split())
-                shown = re.sub(r"field\(default_factory=(?:lambda: (.+)|(\w+))\)$", r"\1\2()", shown)
+                shown = re.sub(r"field\( ?default_factory=(?:lambda: (.+?)|(\w+)) ?\)$", r"\1\2()", shown)
                 if owner is kind or name in about:
                     yield shown.replace("dict()", "{}").replace(")()", ")"), about.get(name, "")
 

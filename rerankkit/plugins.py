@@ -1,10 +1,10 @@
 """Plugins: how parts are registered, found and built. The only file that knows pluggy.
 
-A plugin is a module with one function, announced by one entry point of the group `rerankkit`:
+A plugin is a module with one hook, announced by one entry point of the group `rerankkit`:
 
     @hookimpl
     def rerankkit_register(register: Register) -> None:
-        register.rewards.add("brevity", BrevityConfig, build)
+        register.rewards.add_function("brevity", brevity)
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, TypeVar, get_type_hints
 
 import pluggy
 
 from rerankkit.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
+    from rerankkit.lm import Policy
     from rerankkit.part_config import PluginConfig as PluginConfig
     from rerankkit.part_config import describe_settings as describe_settings
     from rerankkit.protocols import PolicyOptimizer, RewardFn, Teacher, Tokenizer
-    from rerankkit.types import RunInfo, StepReport
+    from rerankkit.types import Item, Outcome, RerankExample, Rollout, RunInfo, StepReport, Trace, TraceFailure
 
 GROUP = "rerankkit"
 ONLY = "RERANKKIT_PLUGINS"
@@ -42,6 +43,7 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 P = TypeVar("P")
 C = TypeVar("C", bound="PluginConfig")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class PartSpec(Generic[P]):
 
 
 @dataclass
-class Slot(Generic[P]):
+class Slot(Generic[P, F]):
     """The parts of one kind, by name."""
 
     kind: str
@@ -93,6 +95,15 @@ class Slot(Generic[P]):
         would otherwise slow every `rerankkit plugins list` down. Raises PluginError if the name is taken.
         """
         self._put(name, partial(_import_part, self.kind, name, where), summary)
+
+    def add_function(self, name: str, function: F) -> None:
+        """Offer a part that is a function. Its further arguments are its settings, each with a type, and a line
+        `argument: what it is` in the docstring. Raises PluginError as `add` does, and for arguments that do not fit.
+        """
+        from rerankkit.functions import part_from
+
+        config, build = part_from(self.kind, name, function)
+        self.add(name, config, build)
 
     def _put(self, name: str, load: Callable[[], Any], summary: str) -> None:
         plugin, distribution, version = self.owner
@@ -126,12 +137,26 @@ def _check_settings(kind: str, name: str, config: Any) -> None:
 class Register:
     """What a plugin fills in: one slot for each of the four parts."""
 
-    tokenizers: Slot[Tokenizer] = field(default_factory=lambda: Slot("tokenizer"))
-    teachers: Slot[Teacher] = field(default_factory=lambda: Slot("teacher"))
-    rewards: Slot[RewardFn] = field(default_factory=lambda: Slot("reward"))
-    optimizers: Slot[PolicyOptimizer] = field(default_factory=lambda: Slot("optimizer"))
+    tokenizers: Slot[Tokenizer, Callable[Concatenate[Item, ...], Sequence[str]]] = field(
+        default_factory=lambda: Slot("tokenizer")
+    )
+    """A function of an item gives names, broad to narrow, as many for each: the SID is a code for each name, and a
+    number among the items of the same names. It has a setting `codes`, too."""
+    teachers: Slot[Teacher, Callable[Concatenate[RerankExample, RunInfo, ...], Trace | TraceFailure]] = field(
+        default_factory=lambda: Slot("teacher")
+    )
+    """A function of an example, and of what there is to know about the run, writes its trace."""
+    rewards: Slot[RewardFn, Callable[Concatenate[Rollout, ...], float | Outcome]] = field(
+        default_factory=lambda: Slot("reward")
+    )
+    """A function of a rollout judges it by itself, with a number or an outcome."""
+    optimizers: Slot[
+        PolicyOptimizer,
+        Callable[Concatenate[Policy, Sequence[RerankExample], RewardFn, RunInfo, ...], Iterator[StepReport]],
+    ] = field(default_factory=lambda: Slot("optimizer"))
+    """A generator is the loop itself."""
 
-    def slots(self) -> tuple[Slot[Any], ...]:
+    def slots(self) -> tuple[Slot[Any, Any], ...]:
         """The four slots, in pipeline order."""
         return (self.tokenizers, self.teachers, self.rewards, self.optimizers)
 

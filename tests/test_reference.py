@@ -34,8 +34,19 @@ MODULES = ["rerankkit.gates"] + [
 ]
 NOT_EXPLAINED = {
     *("Any", "Callable", "ClassVar", "ContextManager", "False", "Iterable", "Iterator", "Literal", "Mapping", "None"),
-    *("NDArray", "Path", "Sequence", "Tensor", "True", "AdamW", "Optimizer", "Module"),  # others' types
-    *("C", "P", "R", "T"),  # type variables
+    *(
+        "Concatenate",
+        "ModuleType",
+        "NDArray",
+        "Path",
+        "Sequence",
+        "Tensor",
+        "True",
+        "AdamW",
+        "Optimizer",
+        "Module",
+    ),  # others' types
+    *("C", "F", "P", "R", "T"),  # type variables
     *("Evaluate", "SidTable", "Spaces", "Dataset", "CandidateLists", "Mean"),  # fields for ourselves
     *("AnswerPieces", "State"),  # of a mask: to be handed back
     *("OptimizerTrial", "RewardTrial", "TeacherTrial", "TokenizerTrial"),  # RULES take them apart

@@ -24,6 +24,7 @@ from rerankkit.testing.records import (
     make_rollout,
     make_world,
 )
+from rerankkit.testing.registered import part_of
 from rerankkit.testing.rules import CONTRACT_VERSION, check_optimizer, check_reward, check_teacher, check_tokenizer
 from rerankkit.testing.zoo import audit_reward
 
@@ -48,6 +49,7 @@ __all__ = [
     "make_policy",
     "make_rollout",
     "make_world",
+    "part_of",
 ]
 
 

@@ -254,7 +254,7 @@ def _documented(part: PartSpec[Any]) -> Verdict:
                 for row in describe_settings(model)
                 if not row["documentation"] and row["name"] != "use"
             ]
-    note = f"a string is missing under {', '.join(bare)}" if bare else ""
+    note = f"a string is missing under {', '.join(bare)}, or a line of a function's docstring" if bare else ""
     says = "The part and each of its settings say what they are."
     return Verdict("documented", says, "broken" if bare else "kept", note)
 

@@ -191,3 +191,19 @@ def test_a_fault_that_stops_every_rule_is_told_once(checked) -> None:  # type: i
     assert found(report, "typed_outcomes")[0] == "broken"
     assert found(report, "same_again") == ("not tried", "for the same reason as `typed_outcomes`")
     assert report.exit_code == 1
+
+
+def test_a_function_documents_its_settings_in_its_docstring(tmp_path: Path) -> None:
+    file = tmp_path / "level.py"
+    file.write_text(
+        "from rerankkit import hookimpl\n\n\ndef level(rollout, at: float = 1.0):\n    '''Always the same.'''\n"
+        "    return at\n\n\n@hookimpl\ndef rerankkit_register(register):\n"
+        "    register.rewards.add_function('level', level)\n"
+    )
+
+    [part] = examine("level", [str(file)]).parts
+
+    states = {check.rule: (check.state, check.note) for check in part.checks}
+    assert states["documented"] == ("broken", "a string is missing under at, or a line of a function's docstring")
+    assert states["prefers_the_best"][0] == "broken"
+    assert {state for rule, (state, _) in states.items() if rule not in ("documented", "prefers_the_best")} == {"kept"}
