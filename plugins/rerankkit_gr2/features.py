@@ -35,8 +35,10 @@ shares of the history of the same kind and brand; mean share of the history that
 the usual price (minus the log ratio)."""
 SCALE = 4.0
 """What evidence is divided by, so that one ridge suits all weights."""
-LEADS = ("alike", "together", "beside", "taste")
-"""Evidence by which the reasoning names the leading candidate."""
+MARKS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.87, 0.92, 0.96, 0.985)
+"""Shares of all candidates below the marks 1 to 9 that the reasoning gives: finest where the choice falls."""
+ALIKE = 0.35
+"""What each feature counts for beside the given order where nothing may be learned from targets."""
 RIDGE = 1.0
 """Strength of the pull towards the prior, in units of one example's log-likelihood."""
 NUM_FOLDS = 5
@@ -101,6 +103,8 @@ class Lessons:
     """Whether sequential purchase patterns may be used (KP / noKP)."""
     evidence: tuple[str, ...] = ()
     """Facts that the examples bring along and prompts show; by name."""
+    marked: tuple[float, ...] = ()
+    """The scores from which the marks 1 to 9 are given."""
     base: Mapping[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -157,6 +161,10 @@ class Lessons:
         scores: NDArray[np.float64] = self.features(example, style) @ np.array(self.weights)
         return scores
 
+    def marks(self, scores: NDArray[np.float64]) -> list[int]:
+        """Each score as a whole number from 0 to 9: what can be said of a candidate without looking at the others."""
+        return [int(mark) for mark in np.searchsorted(self.marked, scores, side="right")]
+
     def band(self, prices: Sequence[float]) -> str:
         """low, mid or high for the usual of these prices; empty if there are none."""
         if not prices or self.bands[0] >= self.bands[1]:
@@ -170,13 +178,15 @@ def fold_of(user_id: str) -> int:
     return zlib.crc32(user_id.encode("utf-8", "surrogatepass")) % NUM_FOLDS
 
 
-def fit(examples: Sequence[RerankExample], style: PromptStyle) -> list[Lessons]:
-    """One set of lessons a fold, learned from the users of the other folds."""
+def fit(examples: Sequence[RerankExample], style: PromptStyle, learn: bool = True) -> list[Lessons]:
+    """One set of lessons a fold, learned from the users of the other folds; without `learn` from their histories alone."""
     own = [_transitions([e for e in examples if fold_of(e.user_id) == fold], style) for fold in range(NUM_FOLDS)]
-    return [_fit_fold(fold, own, examples, style) for fold in range(NUM_FOLDS)]
+    return [_fit_fold(fold, own, examples, style, learn) for fold in range(NUM_FOLDS)]
 
 
-def _fit_fold(fold: int, own: list[Pairs], examples: Sequence[RerankExample], style: PromptStyle) -> Lessons:
+def _fit_fold(
+    fold: int, own: list[Pairs], examples: Sequence[RerankExample], style: PromptStyle, learn: bool
+) -> Lessons:
     pairs: Pairs = {}
     for other in (pairs for i, pairs in enumerate(own) if i != fold):
         for kind, following in other.items():
@@ -189,8 +199,10 @@ def _fit_fold(fold: int, own: list[Pairs], examples: Sequence[RerankExample], st
     names = next((tuple(e.evidence[0]) for e in examples if e.evidence), ())
     lessons = Lessons((), pairs, (bands[0], bands[1]), style.knowledge, names)
     chosen = [(lessons.features(e, style), e.target_index) for e in others[:MAX_FIT] if e.target_index is not None]
-    facts = len(names) and len(names) + (len(names) + 1) * (len(names) + 2) // 2
-    return replace(lessons, weights=tuple(conditional_logit(chosen, len(NAMES) + facts).tolist()))
+    pairs_of = len(names) and (len(names) + 1) * (len(names) + 2) // 2
+    weights = conditional_logit(chosen, len(NAMES) + len(names) + pairs_of) if learn else unlearned(len(names), pairs_of)
+    scores = np.concatenate([x @ weights for x, _ in chosen]) if chosen else np.zeros(1)
+    return replace(lessons, weights=tuple(weights.tolist()), marked=tuple(np.quantile(scores, MARKS).tolist()))
 
 
 def _transitions(examples: Sequence[RerankExample], style: PromptStyle) -> Pairs:
@@ -211,6 +223,11 @@ def _transitions(examples: Sequence[RerankExample], style: PromptStyle) -> Pairs
 def prior(width: int = len(NAMES)) -> NDArray[np.float64]:
     """Weights [width] before anything is known: the order that was given."""
     return np.array([1.0, *[0.0] * (width - 1)])
+
+
+def unlearned(num_facts: int, num_products: int) -> NDArray[np.float64]:
+    """Weights where nothing was learned: the given order, every feature and fact alike, no products."""
+    return np.array([1.0, *[ALIKE] * (len(NAMES) - 1 + num_facts), *[0.0] * num_products])
 
 
 def conditional_logit(
@@ -257,7 +274,8 @@ class FeatureBackend:
     the top choice is drawn, by Gumbel noise times the temperature: at 1 from the logit's own distribution.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, learn: bool = True) -> None:
+        self._learn = learn
         self._lessons: dict[tuple[Path | None, PromptStyle], list[Lessons]] = {}
 
     def ask(self, requests: Sequence[Request], info: RunInfo) -> Iterator[tuple[int, Reply | Failure]]:
@@ -266,7 +284,7 @@ class FeatureBackend:
             key = (info.work, request.style)
             if key not in self._lessons:
                 examples = [r.example for r in requests if r.style == request.style]
-                self._lessons[key] = _kept(examples, request.style, info.work)
+                self._lessons[key] = _kept(examples, request.style, info.work, self._learn)
             yield i, answer(request, self._lessons[key][fold_of(request.example.user_id)])
 
 
@@ -280,7 +298,7 @@ def answer(request: Request, lessons: Lessons) -> Reply:
     if request.reveal_target and example.target_index is not None:
         choice = example.target_index
     rest = sorted((i for i in range(len(scores)) if i != choice), key=lambda i: (-scores[i], i))
-    reasoning = _reasoning(request, lessons, choice, PHRASINGS[int(random.integers(len(PHRASINGS)))])
+    reasoning = _reasoning(request, lessons, scores, choice, PHRASINGS[int(random.integers(len(PHRASINGS)))])
     return Reply(reasoning, (choice, *rest), {"backend": "features", "knowledge": str(style.knowledge).lower()})
 
 
@@ -292,7 +310,7 @@ PHRASINGS = (
 needs: each step names what the next one builds on."""
 
 
-def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -> str:
+def _reasoning(request: Request, lessons: Lessons, scores: NDArray[np.float64], choice: int, phrasing: str) -> str:
     """True statements about visible features only."""
     style = request.style
     history = [see(item, style) for item in shown_history(request.example.history, style)]
@@ -310,7 +328,7 @@ def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -
     ]
     sid = request.surface.text(request.example.candidates[choice].sid)
     if request.example.evidence:
-        return _weighed(request, sid)
+        return _weighed(request, lessons, scores, sid)
     return phrasing.format(
         pattern=", ".join(filter(None, [brand, spelled, band])) or "mixed",
         next=_next(history, item, lessons),
@@ -318,16 +336,12 @@ def _reasoning(request: Request, lessons: Lessons, choice: int, phrasing: str) -
     )
 
 
-def _weighed(request: Request, sid: str) -> str:
-    """Who leads by which evidence, then the choice: in few tokens, for a small policy has to learn each of them."""
-    evidence, surface = request.example.evidence, request.surface
-    leads = []
-    for name in (name for name in LEADS if name in evidence[0]):
-        values = [facts[name] for facts in evidence]
-        leader = values.index(max(values))
-        leads.append(surface.text(request.example.candidates[leader].sid) + surface.fact(name, max(values)))
-    most = f"most: {' '.join(leads)}. " if leads else ""
-    return f"{most}best: {sid}."
+def _weighed(request: Request, lessons: Lessons, scores: NDArray[np.float64], sid: str) -> str:
+    """A mark for each candidate, then the choice: every mark follows from one line of the prompt, and the order from the
+    marks, so that a small policy need not compare ten lines in one step."""
+    items = request.example.candidates
+    told = [f"{request.surface.text(item.sid)}{mark}" for item, mark in zip(items, lessons.marks(scores), strict=True)]
+    return f"match: {''.join(told)}. best: {sid}."
 
 
 def _next(history: Sequence[Seen], item: Seen, lessons: Lessons) -> str:
@@ -350,10 +364,12 @@ def _usual(values: Iterable[Iterable[str]]) -> str:
 # --- keeping -------------------------------------------------------------------------------------------------------
 
 
-def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | None) -> list[Lessons]:
+def _kept(
+    examples: Sequence[RerankExample], style: PromptStyle, work: Path | None, learn: bool = True
+) -> list[Lessons]:
     """The lessons kept in `work`, or new ones, which are then kept; always as they read back."""
     if work is None:
-        return fit(examples, style)
+        return fit(examples, style, learn)
     path = work / f"features-{zlib.crc32(repr(style).encode()):08x}.json"
     if not path.is_file():
         kept: list[dict[str, Any]] = [
@@ -362,8 +378,9 @@ def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | No
                 "evidence": one.evidence,
                 "pairs": one.pairs,
                 "bands": one.bands,
+                "marked": one.marked,
             }
-            for one in fit(examples, style)
+            for one in fit(examples, style, learn)
         ]
         work.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
@@ -379,6 +396,7 @@ def _kept(examples: Sequence[RerankExample], style: PromptStyle, work: Path | No
             (one["bands"][0], one["bands"][1]),
             style.knowledge,
             tuple(one["evidence"]),
+            tuple(one["marked"]),
         )
         for one in json.loads(path.read_text(encoding="utf-8"))
     ]

@@ -161,7 +161,7 @@ def _backend(config: s.FeaturesBackend | s.TransformersBackend | s.OpenAIBackend
 
     match config:
         case s.FeaturesBackend():
-            return features.FeatureBackend()
+            return features.FeatureBackend(config.learn)
         case s.TransformersBackend():
             return backends.TransformersBackend(
                 config.model, config.gguf_file or None, max_new_tokens=config.max_new_tokens

@@ -92,6 +92,9 @@ class FeaturesBackend(PluginConfig):
     """Reasons over visible features (category, brand, price, given rank); needs no language model."""
 
     use: Literal["features"] = "features"
+    learn: bool = True
+    """Learn from the targets of other users what each feature is worth. Without it every feature counts alike, beside
+    the given order: a teacher that, like a language model, was not told what people chose."""
 
 
 class TransformersBackend(PluginConfig):

@@ -236,11 +236,30 @@ def test_evidence_is_weighed_and_cited(tmp_path: Path) -> None:
     example = told_apart(examples[0], (2, 0), (9, 1), (0, 0), (0, 0))
     surface = SidSurface(facts=("alike", "brand"))
     reply = answer(Request(example, style, surface, 0.0, 0), lessons)
-    first, second = (SidSurface().text(item.sid) for item in example.candidates[:2])
-    assert reply.order[0] == 1
-    assert reply.reasoning == f"most: {second}<alike_9>. best: {second}."
-    assert first not in reply.reasoning
+    names = [surface.text(item.sid) for item in example.candidates]
+    assert reply.order == (1, 0, 2, 3)
+    marks = lessons.marks(lessons.scores(example, style))
+    assert marks[1] > marks[0] > marks[2] >= marks[3] == 0
+    told = "".join(f"{name}{mark}" for name, mark in zip(names, marks, strict=True))
+    assert reply.reasoning == f"match: {told}. best: {names[1]}."
     assert _kept(examples, style, tmp_path)[0] == lessons  # `brand` is a name of NAMES too
+
+
+def test_marks_are_the_shares_of_candidates_that_score_less() -> None:
+    lessons = Lessons((), {}, (0.0, 0.0), marked=(-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+    assert lessons.marks(np.array([-9.0, -2.0, 0.5, 5.9, 6.0])) == [0, 1, 3, 8, 9]
+
+
+def test_a_teacher_that_learns_nothing_from_targets_counts_every_fact_alike() -> None:
+    """Whoever was chosen: the given order, and .35 of a fact over 4."""
+    bare = [RerankExample(f"e{n}", f"u{n}", (), (thing(0, 1), thing(1, 1)), (0.0, 1.0)) for n in range(20)]
+    flipped = [replace(one, relevance=(1.0, 0.0)) for one in bare]
+    scores = []
+    for examples in (bare, flipped):
+        lessons = fit([told_apart(one, (4, 1), (8, 0)) for one in examples], PromptStyle(fields=()), learn=False)[0]
+        scores.append(lessons.scores(told_apart(bare[0], (4, 1), (8, 0)), PromptStyle(fields=())))
+    assert scores[0] == pytest.approx([0.35 * 5 / 4, -np.log(2) + 0.35 * 8 / 4])
+    assert scores[1] == pytest.approx(scores[0])
 
 
 def test_examples_without_evidence_among_others_count_as_having_none_of_it() -> None:
