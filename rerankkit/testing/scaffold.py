@@ -15,8 +15,6 @@ from rerankkit.plugins import load_plugins
 KINDS = ("tokenizer", "teacher", "reward", "optimizer")
 LONGEST = 40
 """Letters in a name."""
-_TAKEN = {"PolicyOptimizer"}
-"""Class names that the templates import."""
 
 
 def make_plugin(kind: str, name: str, out: Path) -> Path:
@@ -95,7 +93,7 @@ def _words(kind: str, name: str) -> dict[str, str]:
     return {
         "kind": kind,
         "name": name,
-        "cls": camel + ("Part" if camel in _TAKEN else ""),
+        "cls": camel,
         "distribution": f"rerankkit-{name}",
         "package": f"rerankkit_{snake}",
         "module": f"rerankkit_{snake}.plugin",

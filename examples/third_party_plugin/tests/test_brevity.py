@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pytest
 from rerankkit import Reward
-from rerankkit.testing import check_reward, make_example, make_rollout
+from rerankkit.testing import check_reward, make_example, make_rollout, part_of
 
-from rerankkit_brevity.brevity import Brevity
-from rerankkit_brevity.plugin import BrevityConfig
+from rerankkit_brevity import plugin
 
 
 def test_keeps_the_contract() -> None:
-    check_reward(Brevity(BrevityConfig().limit), judges_order=False)
+    check_reward(part_of(plugin), judges_order=False)
 
 
 @pytest.mark.parametrize(
@@ -19,4 +18,4 @@ def test_keeps_the_contract() -> None:
 def test_falls_from_the_limit_to_twice_the_limit(num_tokens: int, value: float) -> None:
     rollout = make_rollout(make_example(), num_tokens=num_tokens)
 
-    assert Brevity(100)([rollout]) == [Reward(value)]
+    assert part_of(plugin, limit=100)([rollout]) == [Reward(value)]
