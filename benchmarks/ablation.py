@@ -4,10 +4,10 @@
 
 For every seed the config runs once (`base`); each arm starts from a copy of that run and does RL and what follows anew,
 with the changes named in ARMS. On the shipped world the seed is also the world's. What is done is not done again. The
-table pools users over seeds, or takes each user's mean where all seeds rank the same lists: NDCG@5 of RL less SFT and
-less the given order on the same test users, in points, with paired bootstrap 95% intervals; the range of the seeds' own
-means beside it. `--plot` draws identity, first kept and tau of every step (mean over seeds, a rollout is a sample) for
-the arms.
+table pools users over seeds, or takes each user's mean where all seeds rank the same lists: NDCG@5 of RL less SFT, less
+the given order and less the base's RL, on the same test users, in points, with paired bootstrap 95% intervals; the range
+of the seeds' own means beside it. `--plot` draws identity, first kept and tau of every step (mean over seeds, a rollout is
+a sample) for the arms.
 """
 
 from __future__ import annotations
@@ -62,10 +62,13 @@ def main() -> None:
     for seed in options.seeds:
         for arm in dict.fromkeys(["base", *options.arms]):
             run(options.config, options.out, arm, seed, options.set)
-    print("| arm | seeds | users | RL less SFT | by seed | RL less pre-rank | as given | first kept | tau |")
-    print("| --- " * 9 + "|")
+    print(
+        "| arm | seeds | users | RL less SFT | by seed | RL less pre-rank | less base | as given | first kept | tau |"
+    )
+    print("| --- " * 10 + "|")
+    base = [options.out / f"base-{seed}" for seed in options.seeds]
     for arm in options.arms:
-        print(row(arm, [options.out / f"{arm}-{seed}" for seed in options.seeds]), flush=True)
+        print(row(arm, [options.out / f"{arm}-{seed}" for seed in options.seeds], base), flush=True)
     if options.plot:
         plot(options.plot, options.out, options.arms, options.seeds)
 
@@ -92,7 +95,7 @@ def run(config: Path, out: Path, arm: str, seed: int, everywhere: Sequence[str])
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
-def ndcg(folder: Path) -> tuple[tuple[str, ...], Mapping[str, NDArray[np.float64]]]:
+def ndcg(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]]]:
     """Ids of the test lists; system -> NDCG@5 of each, in this order."""
     systems = load_rankings(folder / "rankings.parquet")
     scores: dict[str, NDArray[np.float64]] = {}
@@ -104,15 +107,17 @@ def ndcg(folder: Path) -> tuple[tuple[str, ...], Mapping[str, NDArray[np.float64
     return tuple(user.example_id for user in users), scores
 
 
-def row(arm: str, folders: Sequence[Path]) -> str:
+def row(arm: str, folders: Sequence[Path], base: Sequence[Path]) -> str:
     lists, found = zip(*map(ndcg, folders), strict=True)
+    for one, folder in zip(found, base, strict=True):
+        one["base"] = ndcg(folder)[1]["rl"]
     pooled = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
     if len(set(lists)) == 1:
         pooled = {name: values.reshape(len(folders), -1).mean(axis=0) for name, values in pooled.items()}
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     rl = [next(line for line in report["rows"] if line["name"] == "rl") for report in reports]
     cells = [arm, str(len(folders)), f"{len(pooled['rl']):,}"]
-    for other in ("sft", "pre-rank"):
+    for other in ("sft", "pre-rank", "base"):
         drawn = paired_bootstrap(pooled["rl"], pooled[other])
         cells.append(f"{100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]")
         if other == "sft":
