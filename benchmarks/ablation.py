@@ -5,9 +5,9 @@
 For every seed the config runs once (`base`); each arm starts from a copy of that run and does RL and what follows anew,
 with the changes named in ARMS. On the shipped world the seed is also the world's. What is done is not done again. The
 table pools users over seeds, or takes each user's mean where all seeds rank the same lists: NDCG@5 of RL less SFT, less
-the given order and less the base's RL, on the same test users, in points, with paired bootstrap 95% intervals; the range
-of the seeds' own means beside it. `--plot` draws identity, first kept and tau of every step (mean over seeds, a rollout is
-a sample) for the arms.
+the given order and less the base's RL, on the same test users, in points, with paired bootstrap 95% intervals; beside
+them the range of the seeds' own means. `--plot` draws identity, first kept and tau of every step (mean over seeds, a
+rollout is a sample) for the arms.
 """
 
 from __future__ import annotations
