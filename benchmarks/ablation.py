@@ -4,10 +4,10 @@
 
 For every seed the config runs once (`base`); each arm starts from a copy of that run and does RL and what follows anew,
 with the changes named in ARMS. On the shipped world the seed is also the world's. What is done is not done again. The
-table pools users over seeds, or takes each user's mean where all seeds rank the same lists: NDCG@5 of RL less SFT, less
-the given order and less the base's RL, on the same test users, in points, with paired bootstrap 95% intervals; beside
-them the range of the seeds' own means. `--plot` draws identity, first kept and tau of every step (mean over seeds, a
-rollout is a sample) for the arms.
+table pools users over seeds; off the shipped world, where seeds share users, it takes each user's mean over the seeds
+that list the target. NDCG@5 of RL less SFT, less the given order and less the base's RL, on the same test users, in
+points, with paired bootstrap 95% intervals; beside them the range of the seeds' own means. `--plot` draws identity,
+first kept and tau of every step (mean over seeds, a rollout is a sample) for the arms.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def main() -> None:
         "| arm | seeds | users | RL less SFT | by seed | RL less pre-rank | less base | as given | first kept | tau |"
     )
     print("| --- " * 10 + "|")
+    worlds = '"world"' in options.config.read_text()
     base = [options.out / f"base-{seed}" for seed in options.seeds]
     for arm in options.arms:
-        print(row(arm, [options.out / f"{arm}-{seed}" for seed in options.seeds], base), flush=True)
+        print(row(arm, [options.out / f"{arm}-{seed}" for seed in options.seeds], base, worlds), flush=True)
     if options.plot:
         plot(options.plot, options.out, options.arms, options.seeds)
 
@@ -107,13 +108,14 @@ def ndcg(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]]]
     return tuple(user.example_id for user in users), scores
 
 
-def row(arm: str, folders: Sequence[Path], base: Sequence[Path]) -> str:
+def row(arm: str, folders: Sequence[Path], base: Sequence[Path], worlds: bool) -> str:
     lists, found = zip(*map(ndcg, folders), strict=True)
     for one, folder in zip(found, base, strict=True):
         one["base"] = ndcg(folder)[1]["rl"]
     pooled = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
-    if len(set(lists)) == 1:
-        pooled = {name: values.reshape(len(folders), -1).mean(axis=0) for name, values in pooled.items()}
+    if not worlds:
+        _, user = np.unique(np.concatenate(lists), return_inverse=True)
+        pooled = {name: np.bincount(user, values) / np.bincount(user) for name, values in pooled.items()}
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     rl = [next(line for line in report["rows"] if line["name"] == "rl") for report in reports]
     cells = [arm, str(len(folders)), f"{len(pooled['rl']):,}"]
