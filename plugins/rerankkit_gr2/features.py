@@ -179,7 +179,7 @@ def fold_of(user_id: str) -> int:
 
 
 def fit(examples: Sequence[RerankExample], style: PromptStyle, learn: bool = True) -> list[Lessons]:
-    """One set of lessons a fold, learned from the users of the other folds; without `learn` from their histories alone."""
+    """A set of lessons a fold, learned from the users of the other folds; without `learn`, from their histories alone."""
     own = [_transitions([e for e in examples if fold_of(e.user_id) == fold], style) for fold in range(NUM_FOLDS)]
     return [_fit_fold(fold, own, examples, style, learn) for fold in range(NUM_FOLDS)]
 
@@ -200,7 +200,9 @@ def _fit_fold(
     lessons = Lessons((), pairs, (bands[0], bands[1]), style.knowledge, names)
     chosen = [(lessons.features(e, style), e.target_index) for e in others[:MAX_FIT] if e.target_index is not None]
     pairs_of = len(names) and (len(names) + 1) * (len(names) + 2) // 2
-    weights = conditional_logit(chosen, len(NAMES) + len(names) + pairs_of) if learn else unlearned(len(names), pairs_of)
+    weights = (
+        conditional_logit(chosen, len(NAMES) + len(names) + pairs_of) if learn else unlearned(len(names), pairs_of)
+    )
     scores = np.concatenate([x @ weights for x, _ in chosen]) if chosen else np.zeros(1)
     return replace(lessons, weights=tuple(weights.tolist()), marked=tuple(np.quantile(scores, MARKS).tolist()))
 
