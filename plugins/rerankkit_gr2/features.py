@@ -179,7 +179,7 @@ def fold_of(user_id: str) -> int:
 
 
 def fit(examples: Sequence[RerankExample], style: PromptStyle, learn: bool = True) -> list[Lessons]:
-    """A set of lessons a fold, learned from the users of the other folds; without `learn`, from their histories alone."""
+    """One set of lessons a fold, learned from the users of the other folds; without `learn` from histories alone."""
     own = [_transitions([e for e in examples if fold_of(e.user_id) == fold], style) for fold in range(NUM_FOLDS)]
     return [_fit_fold(fold, own, examples, style, learn) for fold in range(NUM_FOLDS)]
 
@@ -339,8 +339,11 @@ def _reasoning(request: Request, lessons: Lessons, scores: NDArray[np.float64], 
 
 
 def _weighed(request: Request, lessons: Lessons, scores: NDArray[np.float64], sid: str) -> str:
-    """A mark for each candidate, then the choice: every mark follows from one line of the prompt, and the order from the
-    marks, so that a small policy need not compare ten lines in one step."""
+    """A mark for each candidate, then the choice.
+
+    A mark follows from one line of the prompt, and the order from the marks: so a small policy need not compare ten
+    lines in one step.
+    """
     items = request.example.candidates
     told = [f"{request.surface.text(item.sid)}{mark}" for item, mark in zip(items, lessons.marks(scores), strict=True)]
     return f"match: {''.join(told)}. best: {sid}."
