@@ -4,8 +4,8 @@
 
 For every seed the config runs once (`base`); each arm starts from a copy of that run and does RL and what follows anew,
 with the changes named in ARMS. On the shipped world the seed is also the world's. What is done is not done again. The
-table pools users over seeds; off the shipped world, where seeds share users, it takes each user's mean over the seeds
-that list the target. NDCG@5 of RL less SFT, less the given order and less the base's RL, on the same test users, in
+table pools the lists of all seeds; off the shipped world, where seeds share users, a user's lists are drawn together.
+NDCG@5 of RL less SFT, less the given order and less the base's RL, on the same test users, in
 points, with paired bootstrap 95% intervals; beside them the range of the seeds' own means. `--plot` draws identity,
 first kept and tau of every step (mean over seeds, a rollout is a sample) for the arms.
 """
@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rerankkit.math.metrics import ranking_metrics
-from rerankkit.math.statistics import paired_bootstrap
 from rerankkit.stages.compare import load_rankings
 
 ARMS: Mapping[str, tuple[str, ...]] = {
@@ -63,7 +62,7 @@ def main() -> None:
         for arm in dict.fromkeys(["base", *options.arms]):
             run(options.config, options.out, arm, seed, options.set)
     print(
-        "| arm | seeds | users | RL less SFT | by seed | RL less pre-rank | less base | as given | first kept | tau |"
+        "| arm | seeds | lists | RL less SFT | by seed | RL less pre-rank | less base | as given | first kept | tau |"
     )
     print("| --- " * 10 + "|")
     worlds = '"world"' in options.config.read_text()
@@ -113,21 +112,29 @@ def row(arm: str, folders: Sequence[Path], base: Sequence[Path], worlds: bool) -
     for one, folder in zip(found, base, strict=True):
         one["base"] = ndcg(folder)[1]["rl"]
     pooled = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
-    if not worlds:
-        _, user = np.unique(np.concatenate(lists), return_inverse=True)
-        pooled = {name: np.bincount(user, values) / np.bincount(user) for name, values in pooled.items()}
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     rl = [next(line for line in report["rows"] if line["name"] == "rl") for report in reports]
     cells = [arm, str(len(folders)), f"{len(pooled['rl']):,}"]
+    ids = np.concatenate([np.array(one) for one in lists])
+    users = np.arange(len(ids)) if worlds else np.unique(ids, return_inverse=True)[1]
     for other in ("sft", "pre-rank", "base"):
-        drawn = paired_bootstrap(pooled["rl"], pooled[other])
-        cells.append(f"{100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]")
+        mean, low, high = difference(pooled["rl"] - pooled[other], users)
+        cells.append(f"{100 * mean:+.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         if other == "sft":
             each = [100 * float((one["rl"] - one["sft"]).mean()) for one in found]
             cells.append(f"{min(each):+.1f} to {max(each):+.1f}")
     cells += [f"{np.mean([line[key] for line in rl]):.2f}" for key in ("identity_rate", "first_kept_rate")]
     cells.append(f"{np.mean([line['kendall_tau'] for line in rl]):.2f}")
     return "| " + " | ".join(cells) + " |"
+
+
+def difference(values: NDArray[np.float64], users: NDArray[np.int64]) -> tuple[float, float, float]:
+    """Mean, and a bootstrap 95% interval of it for which users are drawn, each with all lists it has."""
+    total, count = np.bincount(users, values), np.bincount(users).astype(float)
+    random = np.random.default_rng(0)
+    drawn = [random.integers(len(total), size=len(total)) for _ in range(10_000)]
+    low, high = np.quantile([total[some].sum() / count[some].sum() for some in drawn], [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
 
 
 def plot(target: Path, out: Path, arms: Sequence[str], seeds: Sequence[int]) -> None:
