@@ -11,8 +11,9 @@ ranked by think-then-score of their RL policy: log P(candidate | ask, rationale)
 the largest of four. GR2's are, so that what an answer is made of is not taken for what a policy has learnt.
 
 The first table has budgets: means over the seeds of what was trained, and wall-clock minutes up to the RL policy. The
-second one pools users over seeds, or takes each user's mean where all seeds rank the same lists. Differences in NDCG@5
-are on the same lists, in points, with paired bootstrap 95% intervals; beside each the range of the seeds' own means.
+second one pools users over seeds; off the shipped world, where seeds share users, its intervals are of each user's mean
+over the seeds that list the target. Differences in NDCG@5 are on the same lists, in points, with paired bootstrap 95%
+intervals; beside each the range of the seeds' own means.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def main() -> None:
             metrics = [score(orders, wanted) for (orders, _), wanted in zip(each, lists, strict=True)]
             found[row] = metrics, float(np.mean([seconds for _, seconds in each]))
     given = [score({i: tuple(range(len(row))) for i, row in wanted.items()}, wanted) for wanted in lists]
-    same = all(wanted == lists[0] for wanted in lists)
+    shared: NDArray[np.intp] | None = None
+    if '"world"' not in options.configs[0].read_text():
+        _, shared = np.unique([i for wanted in lists for i in wanted], return_inverse=True)
 
     print(f"\n{len(lists)} seeds, {sum(map(len, lists)):,} test lists whose target is listed")
     print(
@@ -95,9 +98,9 @@ def main() -> None:
     print(f"| pre-rank | {' | '.join(means(given))} | | | | | |")
     for row, (metrics, seconds) in found.items():
         cells = [row, *means(metrics)]
-        cells += difference(metrics, given, same)
+        cells += difference(metrics, given, shared)
         against = found[f"{names[0]}, rl"][0]
-        cells += ["", ""] if metrics is against else difference(metrics, against, same)
+        cells += ["", ""] if metrics is against else difference(metrics, against, shared)
         print("| " + " | ".join([*cells, f"{seconds:.3f}"]) + " |", flush=True)
 
 
@@ -187,11 +190,11 @@ def means(each: Sequence[Scores]) -> list[str]:
     return [f"{np.concatenate([one[metric] for one in each]).mean():.3f}"[1:] for metric in SHOWN]
 
 
-def difference(each: Sequence[Scores], other: Sequence[Scores], same: bool) -> list[str]:
-    """The interval, and the range of the seeds' means; `same` where all seeds rank the same lists."""
+def difference(each: Sequence[Scores], other: Sequence[Scores], shared: NDArray[np.intp] | None) -> list[str]:
+    """The interval, and the range of the seeds' means; `shared`: each list's user, where seeds share them."""
     a, b = (np.concatenate([one["NDCG@5"] for one in some]) for some in (each, other))
-    if same:
-        a, b = (values.reshape(len(each), -1).mean(axis=0) for values in (a, b))
+    if shared is not None:
+        a, b = (np.bincount(shared, values) / np.bincount(shared) for values in (a, b))
     drawn = paired_bootstrap(a, b)
     seeds = [100 * float((one["NDCG@5"] - two["NDCG@5"]).mean()) for one, two in zip(each, other, strict=True)]
     interval = f"{100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]"

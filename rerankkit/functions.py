@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import Field, PositiveInt, create_model
+from pydantic.fields import FieldInfo
 
 from rerankkit.errors import PluginError
 from rerankkit.part_config import PluginConfig
@@ -62,22 +63,38 @@ def settings_of(
     A setting's documentation is the line `name: what it is` of the docstring; the rest of it is the part's own.
     Raises PluginError for a signature that cannot be called so.
     """
-    parameters = list(inspect.signature(function).parameters.values())
-    own = parameters[len(given) :]
-    if len(parameters) < len(given) or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters[: len(given)]):
-        raise PluginError(f"{name}: its first arguments must be {', '.join(given)}; those that follow are settings.")
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    first, own = parameters[: len(given)], parameters[len(given) :]
+    by_place = [p for p in first if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    if len(by_place) < len(given):  # a default: one of them was forgotten, and a setting stands in its place
+        asked = ", ".join(p.name for p in parameters)
+        raise PluginError(
+            f"{name}: its first arguments must be {', '.join(given)}, without defaults, not ({asked}); those that "
+            "follow are settings."
+        )
     about, told = _told(inspect.getdoc(function) or "", [parameter.name for parameter in own])
     for parameter in own:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise PluginError(f"{name}: {parameter} is no setting; name each, with its type and a default.")
         if parameter.annotation is parameter.empty:
             raise PluginError(f"{name}: the setting {parameter.name!r} has no type; write `{parameter.name}: float`.")
+        if isinstance(parameter.default, FieldInfo):
+            raise PluginError(
+                f"{name}: the default of {parameter.name!r} is pydantic's Field, and a call would be given that; write "
+                f"`{parameter.name}: Annotated[float, Field(...)] = 1.0`."
+            )
         if parameter.name in base.model_fields:
             raise PluginError(f"{name}: every such part has a setting {parameter.name!r} already; rename yours.")
     # Not those of the first arguments: what they name may be imported for the type checker alone.
     stated = SimpleNamespace(__annotations__={parameter.name: parameter.annotation for parameter in own})
     scope = getattr(inspect.unwrap(function), "__globals__", {})
-    types = get_type_hints(stated, scope, include_extras=True)
+    try:
+        types = get_type_hints(stated, scope, include_extras=True)
+    except NameError as error:
+        raise PluginError(
+            f"{name}: {error}, and a setting has this type; import it where the program runs, not under TYPE_CHECKING."
+        ) from error
     fields: dict[str, Any] = {}
     for parameter in own:
         default = ... if parameter.default is parameter.empty else parameter.default
@@ -179,7 +196,10 @@ class ByNames:
         return np.array([self._book[item.item_id] for item in catalog.items], dtype=np.int64)
 
     def _placed(self, item: Item) -> list[int]:
-        names = list(self._names_of(item))
+        given = self._names_of(item)
+        names = [] if isinstance(given, str) else list(given)
+        if isinstance(given, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{self._name}: {given!r} for {item.item_id}; give a list of texts, one a level")
         self._levels = self._levels or len(names) + 1
         if len(names) + 1 != self._levels:
             raise ValueError(

@@ -181,21 +181,42 @@ def only_by_name(*, rollout: Rollout) -> float: ...  # type: ignore[empty-body]
 def untyped(rollout, place=1): ...  # type: ignore[no-untyped-def]
 def anything(rollout: Rollout, **rest: int) -> float: ...  # type: ignore[empty-body]
 def reserved(rollout: Rollout, weight: float = 1.0) -> float: ...  # type: ignore[empty-body]
+def forgotten(weight: float = 1.0) -> float: ...  # type: ignore[empty-body]
+def field_as_default(rollout: Rollout, at: float = Field(1.0, ge=0)) -> float: ...  # type: ignore[empty-body]
+def nowhere(rollout: Rollout, policy: Policy | None = None) -> float: ...  # type: ignore[empty-body]
 
 
 @pytest.mark.parametrize(
     ("function", "fault"),
     [
-        (no_arguments, "mine: its first arguments must be rollout; those that follow are settings"),
-        (only_by_name, "mine: its first arguments must be rollout"),
+        (no_arguments, r"mine: its first arguments must be rollout, without defaults, not \(\); those that follow"),
+        (only_by_name, r"mine: its first arguments must be rollout, without defaults, not \(rollout\)"),
+        (forgotten, r"mine: its first arguments must be rollout, without defaults, not \(weight\)"),
         (untyped, "mine: the setting 'place' has no type; write `place: float`"),
         (anything, r"mine: \*\*rest: .*int.* is no setting"),
         (reserved, "'mine': a block keeps 'weight' for itself"),
+        (field_as_default, r"mine: the default of 'at' is pydantic's Field.*write `at: Annotated\[float, Field"),
+        (nowhere, "mine: name 'Policy' is not defined.*import it where the program runs"),
     ],
 )
 def test_signatures_that_tell_no_settings_are_refused(function: Any, fault: str) -> None:
     with pytest.raises(PluginError, match=fault):
         reward_of(function)
+
+
+def test_first_arguments_may_be_given_by_place_alone() -> None:
+    def at(rollout: Rollout, /, place: int = 2) -> float:
+        return float(place)
+
+    assert reward_of(at, place=3)([make_rollout(make_example())]) == [Reward(3.0)]
+
+
+def test_a_teacher_without_info_is_refused_before_a_setting_is_taken_for_it() -> None:
+    def write(example: RerankExample, only_hits: bool = False) -> TraceFailure:
+        return TraceFailure(example.example_id, "")
+
+    with pytest.raises(PluginError, match=r"must be example, info, without defaults, not \(example, only_hits\)"):
+        Register().teachers.add_function("mine", write)  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_cannot_have_a_second_setting_codes() -> None:
@@ -325,6 +346,13 @@ def test_each_item_has_as_many_names() -> None:
     tokenizer = tokenizer_of(lambda item: list(item.categories))
     with pytest.raises(ValueError, match="mine: 2 names for item0, and 1 for those before it; give as many for each"):
         tokenizer.fit(replace(shop(), items=(*shop(("a", "Care", "")).items, make_item())))
+
+
+@pytest.mark.parametrize("names", ["Care", [7], [None], ["Care", 0.5]], ids=str)
+def test_names_are_a_list_of_texts(names: Any) -> None:
+    """A text is not taken for its letters, nor a number for a name: read again from JSON, it would be another one."""
+    with pytest.raises(TypeError, match=r"mine: .* for a; give a list of texts, one a level"):
+        tokenizer_of(lambda item: names).fit(shop(("a", "Care", "Norda")))
 
 
 words = st.text(max_size=4)
