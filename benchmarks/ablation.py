@@ -118,7 +118,7 @@ def row(arm: str, folders: Sequence[Path], base: Sequence[Path], worlds: bool) -
     ids = np.concatenate([np.array(one) for one in lists])
     users = np.arange(len(ids)) if worlds else np.unique(ids, return_inverse=True)[1]
     for other in ("sft", "pre-rank", "base"):
-        mean, low, high = difference(pooled["rl"] - pooled[other], users)
+        mean, low, high = drawn_by_user(pooled["rl"] - pooled[other], users)
         cells.append(f"{100 * mean:+.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         if other == "sft":
             each = [100 * float((one["rl"] - one["sft"]).mean()) for one in found]
@@ -128,7 +128,7 @@ def row(arm: str, folders: Sequence[Path], base: Sequence[Path], worlds: bool) -
     return "| " + " | ".join(cells) + " |"
 
 
-def difference(values: NDArray[np.float64], users: NDArray[np.int64]) -> tuple[float, float, float]:
+def drawn_by_user(values: NDArray[np.float64], users: NDArray[np.int64]) -> tuple[float, float, float]:
     """Mean, and a bootstrap 95% interval of it for which users are drawn, each with all lists it has."""
     total, count = np.bincount(users, values), np.bincount(users).astype(float)
     random = np.random.default_rng(0)

@@ -11,9 +11,9 @@ ranked by think-then-score of their RL policy: log P(candidate | ask, rationale)
 the largest of four. GR2's are, so that what an answer is made of is not taken for what a policy has learnt.
 
 The first table has budgets: means over the seeds of what was trained, and wall-clock minutes up to the RL policy. The
-second one pools users over seeds; off the shipped world, where seeds share users, its intervals are of each user's mean
-over the seeds that list the target. Differences in NDCG@5 are on the same lists, in points, with paired bootstrap 95%
-intervals; beside each the range of the seeds' own means.
+second one pools the lists of all seeds; off the shipped world, where seeds share users, a user's lists are drawn
+together. Differences in NDCG@5 are on the same lists, in points, with paired bootstrap 95% intervals; beside each the
+range of the seeds' own means.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from ablation import drawn_by_user
 from numpy.typing import NDArray
 
 from rerankkit.math.metrics import ranking_metrics
-from rerankkit.math.statistics import paired_bootstrap
 from rerankkit.stages.compare import load_rankings
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
@@ -193,11 +193,9 @@ def means(each: Sequence[Scores]) -> list[str]:
 def difference(each: Sequence[Scores], other: Sequence[Scores], shared: NDArray[np.intp] | None) -> list[str]:
     """The interval, and the range of the seeds' means; `shared`: each list's user, where seeds share them."""
     a, b = (np.concatenate([one["NDCG@5"] for one in some]) for some in (each, other))
-    if shared is not None:
-        a, b = (np.bincount(shared, values) / np.bincount(shared) for values in (a, b))
-    drawn = paired_bootstrap(a, b)
+    mean, low, high = drawn_by_user(a - b, np.arange(len(a)) if shared is None else shared)
     seeds = [100 * float((one["NDCG@5"] - two["NDCG@5"]).mean()) for one, two in zip(each, other, strict=True)]
-    interval = f"{100 * drawn.difference:+.1f} [{100 * drawn.low:.1f}, {100 * drawn.high:.1f}]"
+    interval = f"{100 * mean:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     return [interval, f"{min(seeds):+.1f} to {max(seeds):+.1f}"]
 
 

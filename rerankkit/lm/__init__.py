@@ -20,6 +20,7 @@ from rerankkit.lm.snapshot import save_snapshot
 from rerankkit.lm.together import judged_rollouts
 from rerankkit.lm.trie import SidTrie, beam_sids, build_trie
 from rerankkit.lm.update import accumulate, apply_gradients, passes
+from rerankkit.processes import share
 
 __all__ = [
     "AnswerMask",
@@ -60,6 +61,7 @@ __all__ = [
     "score_continuations",
     "scratch_policy",
     "sequence_work",
+    "share",
     "sharded",
     "spent_on",
     "trace_sequence",
