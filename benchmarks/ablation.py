@@ -5,9 +5,9 @@
 For every seed the config runs once (`base`); each arm starts from a copy of that run and does RL and what follows anew,
 with the changes named in ARMS. On the shipped world the seed is also the world's. What is done is not done again. The
 table pools the lists of all seeds; off the shipped world, where seeds share users, a user's lists are drawn together.
-NDCG@5 of RL less SFT, less the given order and less the base's RL, on the same test users, in
-points, with paired bootstrap 95% intervals; beside them the range of the seeds' own means. `--plot` draws identity,
-first kept and tau of every step (mean over seeds, a rollout is a sample) for the arms.
+NDCG@5 of RL less SFT, less the given order and less the base's RL, on the same test users, in points, with paired
+bootstrap 95% intervals; beside them the range of the seeds' own means. `--plot` draws identity, first kept and tau of
+every step (mean over seeds, a rollout is a sample) for the arms.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
         "| arm | seeds | lists | RL less SFT | by seed | RL less pre-rank | less base | as given | first kept | tau |"
     )
     print("| --- " * 10 + "|")
-    worlds = '"world"' in options.config.read_text()
+    worlds = on_shipped_world(options.config)
     base = [options.out / f"base-{seed}" for seed in options.seeds]
     for arm in options.arms:
         print(row(arm, [options.out / f"{arm}-{seed}" for seed in options.seeds], base, worlds), flush=True)
@@ -86,13 +86,22 @@ def run(config: Path, out: Path, arm: str, seed: int, everywhere: Sequence[str])
         (folder / "report.json").unlink()
         logged = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         (folder / "metrics.jsonl").write_text("".join(line for line in logged if '"stage": "rl"' not in line))
-    changes = [*everywhere, *ARMS[arm], f"seed={seed}"]
-    if '"world"' in config.read_text():
+    run_to_report(config, folder, seed, [*everywhere, *ARMS[arm]])
+
+
+def run_to_report(config: Path, folder: Path, seed: int, overrides: Sequence[str]) -> None:
+    """Run a config in `folder`, its log beside it; on the shipped world the seed is also the world's."""
+    changes = [*overrides, f"seed={seed}"]
+    if on_shipped_world(config):
         changes.append(f"data.world_seed={seed}")
     command = [sys.executable, "-m", "rerankkit", "run", str(config), "--out", str(folder), *changes]
-    print(f"{arm} {seed} ...", file=sys.stderr, flush=True)
-    with (out / f"{arm}-{seed}.log").open("w") as log:
+    print(f"{folder.name} ...", file=sys.stderr, flush=True)
+    with folder.with_name(f"{folder.name}.log").open("w") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
+def on_shipped_world(config: Path) -> bool:
+    return '"world"' in config.read_text()
 
 
 def ndcg(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]]]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from ablation import drawn_by_user
+from ablation import drawn_by_user, on_shipped_world, run_to_report
 from numpy.typing import NDArray
 
 from rerankkit.math.metrics import ranking_metrics
@@ -87,7 +86,7 @@ def main() -> None:
             found[row] = metrics, float(np.mean([seconds for _, seconds in each]))
     given = [score({i: tuple(range(len(row))) for i, row in wanted.items()}, wanted) for wanted in lists]
     shared: NDArray[np.intp] | None = None
-    if '"world"' not in options.configs[0].read_text():
+    if not on_shipped_world(options.configs[0]):
         _, shared = np.unique([i for wanted in lists for i in wanted], return_inverse=True)
 
     print(f"\n{len(lists)} seeds, {sum(map(len, lists)):,} test lists whose target is listed")
@@ -106,15 +105,8 @@ def main() -> None:
 
 def run(config: Path, out: Path, seed: int, everywhere: Sequence[str]) -> None:
     folder = out / f"{config.stem}-{seed}"
-    if (folder / "report.json").is_file():
-        return
-    changes = [*everywhere, f"seed={seed}"]
-    if '"world"' in config.read_text():
-        changes.append(f"data.world_seed={seed}")
-    command = [sys.executable, "-m", "rerankkit", "run", str(config), "--out", str(folder), *changes]
-    print(f"{config.stem} {seed} ...", file=sys.stderr, flush=True)
-    with (out / f"{folder.name}.log").open("w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    if not (folder / "report.json").is_file():
+        run_to_report(config, folder, seed, everywhere)
 
 
 def budget(name: str, folders: Sequence[Path]) -> str:
